@@ -1,0 +1,35 @@
+"""Metrics of a multi-process Python server: every worker its own Prometheus target, found through Consul."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from consul_prom import asgi as asgi
+    from consul_prom import wsgi as wsgi
+    from consul_prom.aiohttp import setup as setup
+    from consul_prom.discovery import ConsulDiscovery as ConsulDiscovery
+    from consul_prom.errors import ConsulPromError as ConsulPromError
+    from consul_prom.errors import SettingsError as SettingsError
+    from consul_prom.worker import Worker as Worker
+    from consul_prom.worker import running as running
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ConsulDiscovery": "consul_prom.discovery",
+    "ConsulPromError": "consul_prom.errors",
+    "SettingsError": "consul_prom.errors",
+    "Worker": "consul_prom.worker",
+    "running": "consul_prom.worker",
+    "setup": "consul_prom.aiohttp",
+}
+__all__ = ["ConsulDiscovery", "ConsulPromError", "SettingsError", "Worker", "__version__", "running", "setup"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: a command must not pay for a worker's libraries."""
+    if name in {"asgi", "wsgi"}:
+        return import_module(f"consul_prom.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'consul_prom' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,338 @@
+"""The command line. Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 no agent."""
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import re
+import signal
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final, TypeVar
+
+import click
+
+from consul_prom import __version__, caretaker, snippets
+from consul_prom.caretaker import Entry, Outcome, Verdict
+from consul_prom.client import AgentClient
+from consul_prom.errors import AgentConfused, AgentTimeout, AgentUnreachable, ConsulPromError, SettingsError
+from consul_prom.registration import origin
+from consul_prom.screen import Screen
+from consul_prom.settings import ROWS, Row, Settings, load
+
+T = TypeVar("T")
+
+FINDING: Final = 1
+
+
+class _Failure(click.ClickException):
+    exit_code = FINDING
+
+
+class _Usage(click.ClickException):
+    exit_code = 2
+
+
+class _NoAgent(click.ClickException):
+    exit_code = 3
+
+
+class _Commands(click.Group):
+    """Says what we expect to go wrong in one sentence."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SettingsError as error:
+            raise _Usage(str(error)) from error
+        except (AgentUnreachable, AgentTimeout, AgentConfused) as error:
+            raise _NoAgent(str(error)) from error
+        except ConsulPromError as error:
+            raise _Failure(str(error)) from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="consul-prom", message="%(prog)s %(version)s")
+def commands() -> None:
+    """Metrics of a multi-process Python server: every worker its own Prometheus target, found through Consul.
+
+    Every command reads the same environment variables as the workers; options beat them. Secrets have no option.
+
+    Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 the agent cannot be reached.
+    """
+
+
+def _reads(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Give a command the settings, and an option for each of *names* and for all that is about the agent."""
+    rows = [row for row in ROWS if not row.secret and (row.name in names or not row.env.startswith("CONSUL_PROM_"))]
+
+    def decorate(command: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(command)
+        def with_settings(**given: Any) -> T:
+            return command(_load({row.name: given.pop(row.name) for row in rows}), **given)
+
+        for row in reversed(rows):
+            _option(row)(with_settings)
+        return with_settings
+
+    return decorate
+
+
+def _load(arguments: Mapping[str, str | None]) -> Settings:
+    try:
+        return load(arguments)
+    except SettingsError as error:
+        name, equals, rest = str(error).partition("=")
+        if not error.from_code or name not in arguments:
+            raise
+        raise SettingsError(f"{_flag(name)}{equals}{rest}", from_code=True) from None
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _option(row: Row) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    default = row.shown or row.default
+    note = f"[env: {row.env}; default: {default}]" if default else f"[env: {row.env}]"
+    return click.option(_flag(row.name), row.name, metavar=row.kind.upper(), help=f"{row.help} {note}")
+
+
+@commands.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reads("service", "host")
+def list_(settings: Settings, *, as_json: bool) -> None:
+    """List the workers that the agent knows, with their health and whether they live.
+
+    The lock of its slot or its process tells whether a worker lives; both can be seen on its own host only.
+    """
+    found = _with_agent(settings, lambda agent: _look(agent, settings))
+    facts = [{**_facts(entry, verdict), "status": status} for entry, verdict, status in found]
+    if as_json:
+        _print_json(facts)
+    elif facts:
+        columns = ("instance", "service", "pid", "address", "status", "worker", "proof")
+        rows = [
+            [fact["instance"], fact["service"], fact["pid"], _at(fact), fact["status"], fact["state"], fact["proof"]]
+            for fact in facts
+        ]
+        Screen().table(columns, rows, numbers=("pid",))
+    else:
+        Screen().say(_nothing(settings))
+
+
+async def _look(agent: AgentClient, settings: Settings) -> list[tuple[Entry, Verdict, str]]:
+    found = []
+    for entry in await caretaker.entries(agent, service=settings.service):
+        checks = {check.get("Status") for check in await agent.checks(entry["ID"])}
+        status = next((worst for worst in ("critical", "warning") if worst in checks), "passing")
+        with caretaker.judged(entry, host=settings.host) as verdict:
+            found.append((entry, verdict, status))
+    return found
+
+
+@commands.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed; exit code 1 if there is any.")
+@click.option("--id", "ids", metavar="ID", multiple=True, help="Remove this entry, alive or not; may be repeated.")
+@click.option("--all", "everything", is_flag=True, help="Remove all entries of this host (and service), alive or not.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reads("service", "host")
+def deregister(settings: Settings, *, dry_run: bool, ids: Sequence[str], everything: bool, as_json: bool) -> None:
+    """Remove the entries of dead workers from the agent.
+
+    Without --id and --all: those of this host whose worker is provably dead, since the lock of its slot is free or,
+    where that cannot be told, its process is gone. An entry that consul-prom did not make is never touched.
+    """
+    if ids and everything:
+        raise click.UsageError("--id and --all exclude each other")
+    outcomes: list[Outcome] = []
+    elsewhere: list[Entry] = []
+
+    async def work(agent: AgentClient) -> None:
+        if ids:
+            found = [await _entry(agent, entry_id) for entry_id in dict.fromkeys(ids)]
+        else:
+            every = await caretaker.entries(agent, service=settings.service)
+            found = [entry for entry in every if entry["Meta"].get("host") == settings.host]
+            elsewhere.extend(entry for entry in every if entry not in found)
+        sweep = caretaker.sweep(agent, found, host=settings.host, forced=everything or bool(ids), dry_run=dry_run)
+        async with aclosing(sweep):
+            async for outcome in sweep:
+                outcomes.append(outcome)  # noqa: PERF401  # what was done is told, even where the next call fails
+
+    try:
+        _with_agent(settings, work)
+    finally:
+        if as_json:
+            _print_json(_facts(it.entry, it.verdict) | {"action": it.action, "trouble": it.trouble} for it in outcomes)
+        elif outcomes or elsewhere:
+            _tell(outcomes, elsewhere)
+    if not (as_json or outcomes or elsewhere):
+        Screen().say(_nothing(settings))
+    if any(map(_undone, outcomes)):
+        raise click.exceptions.Exit(FINDING)
+
+
+async def _entry(agent: AgentClient, entry_id: str) -> Entry:
+    entry = await agent.service(entry_id)
+    return entry.document if entry else {"ID": entry_id}
+
+
+def _undone(outcome: Outcome) -> bool:
+    unproven = outcome.action == "kept" and outcome.verdict.state == "unknown"
+    return unproven or outcome.action in {"would remove", "refused", "failed"}
+
+
+def _tell(outcomes: Sequence[Outcome], elsewhere: Sequence[Entry]) -> None:
+    """Living workers are a number: who cleans up looks for what went, and for what did not."""
+    screen = Screen()
+    unproven = [it.entry["ID"] for it in outcomes if it.action == "kept" and it.verdict.state == "unknown"]
+    rows = [
+        (it.entry["ID"], _facts(it.entry, it.verdict)["pid"], it.action, _why(it))
+        for it in outcomes
+        if not _lives_on(it)
+    ]
+    if rows:
+        screen.table(("entry", "pid", "action", "why"), rows, numbers=("pid",))
+    counts = Counter("alive" if _lives_on(it) else _COUNTED.get(it.action, it.action) for it in outcomes)
+    hosts = sorted({entry["Meta"].get("host", "") for entry in elsewhere})
+    parts = [f"{number} {what}" for what, number in sorted(counts.items(), key=lambda count: count[0] == "alive")]
+    parts += [f"{len(elsewhere)} of other hosts not looked at ({', '.join(hosts)}: --host)"] if elsewhere else []
+    screen.say("; ".join(parts) + ".")
+    if unproven:
+        options = " ".join(f"--id {entry_id}" for entry_id in unproven)
+        screen.say(
+            f"What is kept could not be proven dead. To remove it all the same: consul-prom deregister {options}"
+        )
+
+
+_COUNTED: Final = {"would remove": "to remove", "kept": "not proven dead", "gone": "not there"}
+
+
+def _lives_on(outcome: Outcome) -> bool:
+    return outcome.action == "kept" and outcome.verdict.state == "alive"
+
+
+def _why(outcome: Outcome) -> str:
+    if outcome.trouble:
+        return outcome.trouble
+    again = outcome.action in {"removed", "would remove"} and outcome.verdict.state == "alive"
+    return outcome.verdict.proof + ("; it registers again within seconds" if again else "")
+
+
+@commands.group(cls=_Commands)
+def config() -> None:
+    """Print configuration."""
+
+
+@config.command("acl")
+@_reads("service", "consul_service")
+def config_acl(settings: Settings) -> None:
+    """Print the least ACL policies for workers, commands, Prometheus and agents; the agent is not asked."""
+    click.echo(snippets.acl(settings), nl=False)
+
+
+@config.command("prometheus")
+@click.option("--all-services", is_flag=True, help="One job section for whatever consul-prom registers, by its tag.")
+@_reads("service", "consul_service")
+def config_prometheus(settings: Settings, *, all_services: bool) -> None:
+    """Print the scrape configuration for Prometheus; the agent is not asked."""
+    click.echo(snippets.prometheus(settings, all_services=all_services), nl=False)
+
+
+@config.command("settings")
+def config_settings() -> None:
+    """Print all settings; a pipe gets a table in Markdown."""
+    screen = Screen()
+    if screen.is_terminal:
+        rows = [(row.env, row.kind, row.shown or row.default, row.help) for row in ROWS]
+        screen.table(("variable", "type", "default", "meaning"), rows)
+    else:
+        click.echo(snippets.settings_table(), nl=False)
+
+
+@commands.command()
+@click.option("--keep", is_flag=True, help="Leave everything running until Ctrl-C.")
+def demo(*, keep: bool) -> None:
+    """Show it at work: Gunicorn, four workers, thirty requests. Needs no set-up and leaves nothing behind."""
+    from consul_prom.demo import DemoError, run
+
+    try:
+        run(keep=keep, screen=Screen())
+    except DemoError as error:
+        raise _Failure(str(error)) from error
+
+
+@commands.command()
+@click.option("--listen", metavar="HOST:PORT", default="127.0.0.1:8500", show_default=True, help="Where to listen.")
+def agent(listen: str) -> None:
+    """Run a Consul agent in memory, for development only: it keeps nothing, and anybody may write to it."""
+    found = re.fullmatch(r"\[([0-9A-Fa-f:.]+)\]:([0-9]{1,5})|([\w.-]+):([0-9]{1,5})", listen, re.ASCII)
+    if not found or int(found[2] or found[4]) > 65535:
+        raise click.UsageError(f"--listen={listen!r} must be HOST:PORT")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        asyncio.run(_serve(found[1] or found[3], int(found[2] or found[4])))
+    except OSError as error:
+        raise _Failure(f"--listen={listen!r} cannot be had: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+
+
+async def _serve(host: str, port: int) -> None:
+    from consul_prom.devagent import DevAgent
+
+    ended = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    async with DevAgent(host=host, port=port) as running:
+        Screen().say(f"A Consul agent for development only, in memory: {running.url} (Ctrl-C ends it)")
+        await ended.wait()
+
+
+def _with_agent(settings: Settings, work: Callable[[AgentClient], Coroutine[Any, Any, T]]) -> T:
+    async def run() -> T:
+        client = AgentClient(settings)
+        try:
+            return await work(client)
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+def _facts(entry: Entry, verdict: Verdict) -> dict[str, Any]:
+    meta = entry.get("Meta") or {}
+    return {
+        "id": entry["ID"],
+        "instance": meta.get("instance", ""),
+        "service": meta.get("service", ""),
+        "host": meta.get("host", ""),
+        "slot": _number(meta.get("slot", "")),
+        "pid": _number(meta.get("pid", "")),
+        "address": entry.get("Address", ""),
+        "port": entry.get("Port", 0),
+        "state": verdict.state,
+        "proof": verdict.proof,
+    }
+
+
+def _at(facts: Mapping[str, Any]) -> str:
+    return origin(facts["address"], facts["port"]).removeprefix("http://")
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
+def _nothing(settings: Settings) -> str:
+    whose = f"of the service {settings.service}" if settings.service else "of consul-prom"
+    return f"The agent at {settings.consul_http_addr} shows us no worker {whose}."
+
+
+def _print_json(facts: Iterable[Mapping[str, Any]]) -> None:
+    click.echo(json.dumps(list(facts), indent=2))

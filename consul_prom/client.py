@@ -1,0 +1,468 @@
+"""The Consul agent's HTTP API, as far as we need it, over one aiohttp session of ours.
+
+python-consul2 speaks for the groups that it has. Its constructor reads the environment, its transport opens a session
+for each request, quotes no ID and knows no deadline, so both are ours; `consul` (which imports requests) is imported
+when the first client is made, in the metrics thread. https://developer.hashicorp.com/consul/api-docs/agent/service
+"""
+
+import asyncio
+import base64
+import errno
+import http.client
+import json
+import os
+import socket
+import ssl
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
+
+from consul_prom.errors import (
+    AgentBusy,
+    AgentConfused,
+    AgentDenied,
+    AgentError,
+    AgentFailed,
+    AgentNotFound,
+    AgentRejected,
+    AgentTimeout,
+    AgentUnreachable,
+    TokenUnreadable,
+)
+from consul_prom.settings import Settings
+
+CALL_TIMEOUT: Final = 5.0
+LARGEST_ANSWER: Final = 32 * 2**20
+IDLE: Final = 0.1
+"""Seconds that a connection is kept for the next call of the same turn; all of a host share the agent's 200."""
+LARGEST_ENTRY: Final = 2**20
+_PLAIN: Final = frozenset(
+    {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT, errno.EACCES, errno.EHOSTUNREACH}
+    | {errno.ENETUNREACH, errno.ETIMEDOUT}
+)
+_REGISTER: Final = "/v1/agent/service/register"
+
+
+class Entry(NamedTuple):
+    """A service as the agent has it, and the hash to wait on for a change."""
+
+    document: dict[str, Any]
+    content_hash: str
+
+
+class AgentClient:
+    """One agent. Every call has a deadline and raises an `AgentError` of the kind that fits.
+
+    Needs ``service:write`` on the service; `self_` needs ``agent:read``.
+    """
+
+    def __init__(self, settings: Settings, *, timeout: float = CALL_TIMEOUT) -> None:
+        from consul.base import CB, Consul
+
+        self._json = CB.json
+        self._transport = _Transport(settings, timeout)
+        self._agent = Consul.Agent(_Groups(self._transport))
+
+    async def register(self, document: Mapping[str, Any]) -> None:
+        """Create or replace an entry; checks that are not in the *document* go."""
+        await self._agent.service.register(
+            document["Name"],
+            service_id=document["ID"],
+            address=document["Address"],
+            port=document["Port"],
+            tags=document["Tags"],
+            meta=document["Meta"],
+            check=document["Check"],
+        )
+
+    async def deregister(self, entry_id: str) -> bool:
+        """Remove an entry; False where there was none."""
+        try:
+            await self._agent.service.deregister(quote(entry_id, safe=""))
+        except AgentNotFound:
+            return False
+        return True
+
+    async def service(self, entry_id: str, *, content_hash: str = "", wait: float = 0) -> Entry | None:
+        """An entry, or None. With *content_hash*: not before it differs, or *wait* seconds (and 1/16 more) are over."""
+        params, headers = {}, {}
+        if content_hash:
+            # 0s and less would block for five minutes
+            params = {"hash": content_hash, "wait": f"{max(1, round(wait))}s"}
+            # Whoever holds a connection for ever never learns that others get none.
+            headers = {"Connection": "close"}
+        path = f"/v1/agent/service/{quote(entry_id, safe='')}"
+        try:
+            document = await self._transport.get(self._json(), path, params, headers, patience=wait * 17 / 16)
+        except AgentNotFound:
+            return None
+        if _service(document).get("ID") != entry_id:
+            raise AgentConfused(f"the agent sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
+        return Entry(document, str(document.get("ContentHash", "")))
+
+    async def services(self, expression: str) -> dict[str, dict[str, Any]]:
+        """The entries that *expression* selects, by ID. Without a right on them they are missing, without a word."""
+        params = {"filter": expression}
+        found = await self._transport.get(self._json(), "/v1/agent/services", params, most=LARGEST_ANSWER)
+        return {key: _service(document) for key, document in _expect(found, dict).items()}
+
+    async def checks(self, entry_id: str) -> list[dict[str, Any]]:
+        """The checks of one entry, with their status."""
+        params = {"filter": f'ServiceID == "{entry_id}"'}
+        found = await self._transport.get(self._json(), "/v1/agent/checks", params)
+        return [_expect(check, dict) for check in _expect(found, dict).values()]
+
+    async def catalogued(self, name: str, entry_id: str, node: str) -> bool:
+        """Whether the catalogue, which is what Prometheus reads, has the entry; without ``node:read``, may have it."""
+        params = {"filter": f'ServiceID == "{entry_id}" and Node == "{node}"'}
+        path = f"/v1/catalog/service/{quote(name, safe='')}"
+        return bool(await self._transport.get(_found_or_withheld, path, params))
+
+    async def deregister_from_catalogue(self, entry_id: str, node: str) -> None:
+        """Remove an entry that the agent no longer has, but lacked the right to remove from the catalogue."""
+        body = json.dumps({"Node": node, "ServiceID": entry_id})
+        try:
+            await self._transport.put(self._json(), "/v1/catalog/deregister", data=body)
+        except AgentFailed as error:
+            if "Unknown service ID" not in str(error):  # as 500, where others are 404
+                raise
+
+    @property
+    def credentials(self) -> int:
+        """Equal for as long as the token is the same; it says nothing of the token."""
+        return hash(_headers(self._transport.settings).get("X-Consul-Token", ""))
+
+    async def self_(self) -> dict[str, Any]:
+        """The agent's configuration and member record."""
+        return _expect(await self._agent.self(), dict)
+
+    @property
+    def resolved(self) -> tuple[str, ...]:
+        """The agent's IP addresses once it was looked up: what `deregister_now` needs when names no longer work."""
+        return self._transport.resolver.last
+
+    async def aclose(self) -> None:
+        await self._transport.aclose()
+
+
+def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()) -> bool:
+    """`AgentClient.deregister` for the last moments of a process: no event loop, no thread, no name lookup.
+
+    *hosts* are the agent's resolved addresses; False where there was no such entry.
+    """
+    target = settings.consul_http_addr
+    path = f"{target.prefix}/v1/agent/service/deregister/{quote(entry_id, safe='')}?{urlencode(_scope(settings))}"
+    for host in hosts or (target.host,):
+        try:
+            return _put_now(settings, host, path, timeout)
+        except ConnectionRefusedError as error:
+            refused = error  # a name often has an address that the agent does not listen on
+    raise AgentUnreachable(f"{_who(settings)}: {_text(refused)}")
+
+
+def _put_now(settings: Settings, host: str, path: str, timeout: float) -> bool:
+    try:
+        connection = _connection(settings, host, timeout)
+        try:
+            connection.request("PUT", path, headers=_headers(settings))
+            response = connection.getresponse()
+            _raise_for_status(settings, response.status, response.read(500).decode(errors="replace"))
+        finally:
+            connection.close()
+    except AgentNotFound:
+        return False
+    except ConnectionRefusedError:
+        raise
+    except TimeoutError:
+        raise AgentTimeout(f"{_who(settings)} did not answer within {timeout:g} s") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise AgentUnreachable(f"{_who(settings)}: {_text(error)}") from error
+    return True
+
+
+class _Groups:
+    """What python-consul2's groups want of their parent: a transport, and no token, since the transport sends it."""
+
+    token = None
+
+    def __init__(self, transport: "_Transport") -> None:
+        self.http = transport
+
+
+class _Transport:
+    """python-consul2's HTTPClient: *callback* gets the response, IDs are quoted already."""
+
+    def __init__(self, settings: Settings, timeout: float) -> None:
+        self.settings = settings
+        self._timeout = timeout
+        self._session: aiohttp.ClientSession | None = None
+        self.resolver = _Resolver()
+
+    async def get(
+        self,
+        callback: Callable[[Any], Any],
+        path: str,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        patience: float = 0,
+        most: int = LARGEST_ENTRY,
+    ) -> Any:
+        return await self._call(callback, "GET", path, params, headers, patience=patience, most=most)
+
+    async def put(
+        self,
+        callback: Callable[[Any], Any],
+        path: str,
+        params: Mapping[str, str] | None = None,
+        data: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        if path == _REGISTER:
+            params = {"replace-existing-checks": "true"}  # which python-consul2 does not know
+        return await self._call(callback, "PUT", path, params, headers, data=data)
+
+    async def aclose(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    async def _call(
+        self,
+        callback: Callable[[Any], Any],
+        method: str,
+        path: str,
+        params: Mapping[str, str] | None,
+        headers: Mapping[str, str] | None,
+        *,
+        data: str = "",
+        patience: float = 0,
+        most: int = LARGEST_ENTRY,
+    ) -> Any:
+        from consul.base import Response
+
+        with_scope = urlencode({**(params or {}), **_scope(self.settings)})
+        deadline = self._timeout + patience
+        async with _mapped(self.settings, deadline), asyncio.timeout(deadline):
+            url = URL(f"{self._base()}{path}?{with_scope}", encoded=True)
+            response = await self._opened().request(
+                method,
+                url,
+                data=data or None,
+                headers={**(headers or {}), **_headers(self.settings)},
+                allow_redirects=False,
+                server_hostname=self.settings.consul_tls_server_name,
+            )
+            async with response:
+                text = await _read(response, most)
+        _raise_for_status(self.settings, response.status, text)
+        try:
+            return callback(Response(response.status, response.headers, text, text.encode()))
+        except (ValueError, RecursionError):
+            raise AgentConfused(f"{_who(self.settings)} sent no JSON: {text[:100]!r}") from None
+
+    def _base(self) -> str:
+        target = self.settings.consul_http_addr
+        return "http://localhost" if target.socket else str(target)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        """The session, made in the loop that uses it; idle connections are given back, since an agent has 200."""
+        if self._session is None:
+            target = self.settings.consul_http_addr
+            connector: aiohttp.BaseConnector
+            if target.socket:
+                connector = aiohttp.UnixConnector(target.socket, keepalive_timeout=IDLE)
+            else:
+                context = _tls(self.settings) if target.scheme == "https" else True
+                connector = aiohttp.TCPConnector(resolver=self.resolver, ssl=context, keepalive_timeout=IDLE)
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(total=None),
+                headers={"Accept-Encoding": "identity"},  # what is small on the wire stays small in memory
+                auto_decompress=False,
+            )
+        return self._session
+
+
+class _Resolver(AbstractResolver):
+    """Looks names up in a daemon thread: an executor's would be joined at exit, however long the name server hangs."""
+
+    last: tuple[str, ...] = ()
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_UNSPEC) -> list[ResolveResult]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[Any]] = loop.create_future()
+
+        def settle(found: list[Any], error: OSError | None) -> None:
+            if answer.done():
+                return
+            if error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(found)
+
+        def look_up() -> None:
+            found: list[Any] = []
+            failure = None
+            try:
+                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family)
+            except OSError as error:
+                failure = error
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, found, failure)
+
+        threading.Thread(target=look_up, name="consul-prom-resolver", daemon=True).start()
+        found = await answer
+        self.last = tuple(str(address[0]) for _, _, _, _, address in found)
+        return [
+            ResolveResult(hostname=host, host=address[0], port=port, family=kind, proto=proto, flags=0)
+            for kind, _, proto, _, address in found
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connection(settings: Settings, host: str, timeout: float) -> http.client.HTTPConnection:
+    target = settings.consul_http_addr
+    if target.socket:
+        return _UnixConnection(target.socket, timeout)
+    if target.scheme == "http":
+        return http.client.HTTPConnection(host, target.port, timeout=timeout)
+    context, connection = _tls(settings), http.client.HTTPSConnection(host, target.port, timeout=timeout)
+    plain = socket.create_connection((host, target.port), timeout)
+    name = settings.consul_tls_server_name or target.host  # the address dialled is not the name to verify
+    connection.sock = context.wrap_socket(plain, server_hostname=name)
+    return connection
+
+
+def _tls(settings: Settings) -> ssl.SSLContext:
+    """Raises AgentUnreachable that names the file, which ssl's own errors do not."""
+    name = "CONSUL_CACERT", settings.consul_cacert or settings.consul_capath
+    try:
+        context = ssl.create_default_context(cafile=settings.consul_cacert, capath=settings.consul_capath)
+        if settings.consul_client_cert:
+            name = "CONSUL_CLIENT_CERT", settings.consul_client_cert
+            context.load_cert_chain(settings.consul_client_cert, settings.consul_client_key)
+    except OSError as error:
+        raise AgentUnreachable(f"{name[0]}={name[1]!r} cannot be used: {_text(error)}") from error
+    if not settings.consul_http_ssl_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _headers(settings: Settings) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    token = settings.consul_http_token.reveal() if settings.consul_http_token else ""
+    if settings.consul_http_token_file:
+        token = _token_of(settings.consul_http_token_file)
+    if token:
+        headers["X-Consul-Token"] = token
+    if settings.consul_http_auth:
+        user, _, password = settings.consul_http_auth.reveal().partition(":")
+        headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+    return headers
+
+
+def _token_of(path: str) -> str:
+    """Read for each call, so that a rotated token is taken up by itself."""
+    try:
+        token = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} cannot be read: {_text(error)}") from error
+    if not token:  # being replaced, perhaps; without a token, entries would look lost
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} is empty")
+    if not token.isascii() or not token.isprintable():
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} holds characters that no HTTP header can carry")
+    return token
+
+
+def _scope(settings: Settings) -> dict[str, str]:
+    pairs = {"ns": settings.consul_namespace, "partition": settings.consul_partition}
+    return {key: value for key, value in pairs.items() if value}
+
+
+async def _read(response: aiohttp.ClientResponse, most: int) -> str:
+    chunks = bytearray()
+    async for chunk in response.content.iter_chunked(2**16):
+        chunks += chunk
+        if len(chunks) > most:
+            raise AgentConfused(f"{response.url.path} answered with more than {most >> 20} MiB")
+    return chunks.decode(errors="replace")
+
+
+@asynccontextmanager
+async def _mapped(settings: Settings, deadline: float) -> AsyncIterator[None]:
+    """No library's exception leaves this module."""
+    try:
+        yield
+    except TimeoutError:
+        raise AgentTimeout(f"{_who(settings)} did not answer within {round(deadline, 1):g} s") from None
+    except (aiohttp.ClientError, OSError) as error:
+        if settings.consul_http_addr.socket and isinstance(error, OSError) and error.errno == errno.EPIPE:
+            # How the 429 for one connection too many looks there: the agent does not wait for the request.
+            raise AgentBusy(f"{_who(settings)} hung up: its users share limits.http_max_conns_per_client") from error
+        raise AgentUnreachable(f"{_who(settings)}: {_text(error)}") from error
+
+
+def _raise_for_status(settings: Settings, status: int, body: str) -> None:
+    if status == 200:
+        return
+    kinds: dict[int, type[AgentError]] = {
+        400: AgentRejected,
+        401: AgentDenied,
+        403: AgentDenied,
+        404: AgentNotFound,
+        405: AgentRejected,
+        429: AgentBusy,
+    }
+    kind = kinds.get(status, AgentFailed if status >= 500 else AgentConfused)
+    if kind is AgentNotFound and "service ID" not in body:  # a proxy's, which knows nothing of the entry
+        kind = AgentConfused
+    raise kind(f"{_who(settings)} answered {status}: {' '.join(body.split())[:200]}")
+
+
+def _found_or_withheld(response: Any) -> bool:
+    """Whether a list has items, or would have them for a token with more rights."""
+    return bool(json.loads(response.body)) or "X-Consul-Results-Filtered-By-ACLs" in response.headers
+
+
+def _service(found: Any) -> dict[str, Any]:
+    document = _expect(found, dict)
+    _expect(document.get("Meta") or {}, dict)
+    return document
+
+
+def _expect(found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
+    if not isinstance(found, kind):
+        raise AgentConfused(f"the agent sent JSON of the wrong shape: {json.dumps(found)[:100]}")
+    return found
+
+
+def _who(settings: Settings) -> str:
+    return f"the Consul agent (CONSUL_HTTP_ADDR={settings.consul_http_addr})"
+
+
+def _text(error: BaseException) -> str:
+    """Short where the system's word says it all; aiohttp wraps it in words of its own."""
+    if isinstance(error, OSError) and error.errno in _PLAIN:
+        return os.strerror(error.errno)
+    return str(error)[:300] or type(error).__name__

@@ -1,0 +1,441 @@
+"""Makes the agent hold the registration: compares what it has with what we want, repairs, and watches.
+
+Level-triggered: the agent may lose or change the entry at any time (a restart, a reap, an operator), so every turn
+looks at what is there. Where it can, the wait between turns is one blocking read, which ends within milliseconds of a
+loss. https://developer.hashicorp.com/consul/api-docs/features/blocking#hash-based-blocking-queries
+"""
+
+import asyncio
+import logging
+import math
+import random as randomness
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+from consul_prom.errors import (
+    AgentBusy,
+    AgentDenied,
+    AgentError,
+    AgentFailed,
+    AgentTimeout,
+    AgentUnreachable,
+    EntryTaken,
+    SlotError,
+    TokenUnreadable,
+)
+from consul_prom.registration import Registration, check_difference, difference, entry_id, is_ours
+from consul_prom.settings import Settings
+from consul_prom.slots import Slot, acquire
+from consul_prom.snippets import write_rule
+
+log = logging.getLogger(__name__)
+
+WATCHING_SLOTS: Final = 64
+TURN: Final = 10.0
+CHECKS: Final = 60.0
+"""Seconds between looks at the check, which cost the agent a search through the checks of all its services."""
+LOOK: Final = 0.5
+RETRY: Final = 0.1
+UNWATCHED: Final = 3600.0
+REPEAT_LOG: Final = 600.0
+MOST_LINES: Final = 10
+MOST_FAILURES: Final = 8
+MOST_REPAIRS: Final = 5
+
+
+class EntryLike(Protocol):
+    """An entry: the agent's document, and the hash to wait on."""
+
+    @property
+    def document(self) -> Mapping[str, Any]: ...
+    @property
+    def content_hash(self) -> str: ...
+
+
+class AgentAPI(Protocol):
+    """What the registrar asks of an agent; every call raises AgentError and needs ``service:write`` at most."""
+
+    async def register(self, document: Mapping[str, Any]) -> None: ...
+    async def deregister(self, entry_id: str) -> bool: ...
+    async def service(self, entry_id: str, *, content_hash: str = "", wait: float = 0) -> EntryLike | None: ...
+    async def checks(self, entry_id: str) -> list[dict[str, Any]]: ...
+    async def catalogued(self, name: str, entry_id: str, node: str) -> bool: ...
+    async def deregister_from_catalogue(self, entry_id: str, node: str) -> None: ...
+    @property
+    def credentials(self) -> int: ...
+
+
+class Registrar:
+    """One entry's registrar. `registered` and `trouble` (a sentence, or "") say how it stands.
+
+    *watch*: whether it may hold a connection for the blocking read. *intact*: whether the slot is still ours.
+    *on_registration* and *on_failure* are told the reason, a short stable word.
+    """
+
+    def __init__(
+        self,
+        agent: AgentAPI,
+        wanted: Registration,
+        *,
+        watch: bool = True,
+        intact: Callable[[], bool] = lambda: True,
+        on_registration: Callable[[str], None] = lambda _reason: None,
+        on_failure: Callable[[str], None] = lambda _reason: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        random: Callable[[], float] = randomness.random,
+    ) -> None:
+        self._agent = agent
+        self._wanted = wanted
+        self._watch = watch
+        self._intact = intact
+        self._clock = clock
+        self._sleep = sleep
+        self._random = random
+        self._on_registration = on_registration
+        self._on_failure = on_failure
+        self._diet = _Diet(clock)
+        self._repairs: deque[float] = deque(maxlen=MOST_REPAIRS)
+        self._missed = 0
+        self._watch_from = -math.inf
+        self._writing: asyncio.Future[None] | None = None
+        self._asked = False
+        self._ever = False
+        self._node = ""
+        self._checks_at = -math.inf
+        self._credentials: set[int] = set()  # the agent may hold the entry with any of these
+        self.registered = False
+        self.trouble = "has not asked the agent yet"
+
+    async def run(self) -> None:
+        """Turns, for ever.
+
+        Raises:
+            SlotError: the slot's file is no longer ours; the entry is deregistered.
+        """
+        delays: Iterator[float] | None = None
+        seen: EntryLike | None = None
+        while True:
+            try:
+                if not self._intact():
+                    await self.deregister()
+                    raise SlotError("the directory of the slots was emptied or replaced (CONSUL_PROM_DIR)")
+                seen = await self.sync(seen)
+                delays = None
+                seen = await self._wait(seen)
+            except AgentError as error:
+                self._missed = 0
+                if isinstance(error, AgentBusy):
+                    self._watch_from = self._clock() + UNWATCHED
+                self._failed(error)
+                seen, delays = None, delays or backoff(self._clock, self._random)
+                await self._sleep(next(delays))
+
+    async def sync(self, seen: EntryLike | None = None) -> EntryLike | None:
+        """One turn: compare, and repair what differs. Returns the entry, whose hash can be waited on.
+
+        *seen* is the entry where it was read just now.
+
+        Raises:
+            EntryTaken: the ID is another live worker's, or not consul-prom's; nothing was changed.
+            AgentError: the agent did not answer, or refused.
+        """
+        existing = seen or await self._agent.service(self._wanted.id)
+        reason, words = await self._reason(existing)
+        if reason:
+            self.registered = False
+            await self._register(existing)
+            existing = await self._agent.service(self._wanted.id)
+            if existing and self._foreign(existing.document):
+                await self._respect(existing.document)  # another directory's worker was a moment later
+            self._on_registration(reason)
+            self._repairs.append(self._clock())
+            level = logging.INFO if self._diet.room() else logging.DEBUG
+            place = self._wanted.address, self._wanted.port
+            log.log(level, "registered %s at %s:%d%s", self._wanted.id, *place, words)
+        self._succeeded()
+        return existing
+
+    async def deregister(self) -> bool:
+        """Remove the entry if it is still ours; True if it was there. Idempotent; bounded by the client's deadlines.
+
+        An agent that hangs, as its servers may make it do, is asked without a look: it does so when it can again.
+        """
+        if self._writing:
+            await asyncio.gather(self._writing, return_exceptions=True)
+        self.registered = False
+        if not self._asked:
+            return False
+        with suppress(TimeoutError, AgentTimeout):
+            async with asyncio.timeout(LOOK):
+                existing = await self._agent.service(self._wanted.id)
+                if existing is None or self._foreign(existing.document):
+                    return False
+                if not self._node:
+                    await self._checks()
+        was_there = await self._agent.deregister(self._wanted.id)
+        await self._finish_in_catalogue()
+        return was_there
+
+    async def _finish_in_catalogue(self) -> None:
+        """An agent without a right of its own says yes to a deregistration, and leaves the catalogue as it is."""
+        found = False
+        try:
+            found = bool(self._node) and await self._agent.catalogued(self._wanted.name, self._wanted.id, self._node)
+            if found:
+                await self._agent.deregister_from_catalogue(self._wanted.id, self._node)
+        except AgentError as error:
+            if not found and not isinstance(error, AgentDenied):
+                log.debug("the catalogue cannot be read", exc_info=True)
+                return
+            log.warning(
+                "the catalogue keeps %s, though the agent has dropped it: %s; give the agent of node %s a token of its "
+                "own (acl.tokens.agent) with node:write",
+                *(self._wanted.id, error, self._node),
+            )
+
+    async def _reason(self, existing: EntryLike | None) -> tuple[str, str]:
+        """Why to register, as a label, and in words for the log; ("", "") where all is as wanted."""
+        if existing is None:
+            return ("lost", ", which the agent had lost") if self._ever else ("start", "")
+        field = difference(self._wanted, existing.document)
+        if field and self._foreign(existing.document):
+            await self._respect(existing.document)
+        self._asked = True
+        if field is None and self._clock() >= self._checks_at:
+            field = check_difference(self._wanted, await self._checks())
+            self._checks_at = self._clock() + (0 if field else CHECKS * (0.8 + 0.4 * self._random()))
+        if field:
+            return "changed" if self._ever else "start", f"; the entry differed in {field}"
+        if self._credentials - {self._agent.credentials}:
+            # The agent keeps the token of a registration, to tell the catalogue of its checks.
+            return "token", ", with a new token"
+        return "", ""
+
+    async def _register(self, existing: EntryLike | None) -> None:
+        """A write that was begun is ended, even if we are cancelled: cut off half-way it might take effect later."""
+        self._asked = True
+        credentials = self._agent.credentials
+        self._credentials.add(credentials)
+        document = self._wanted.document()
+        if existing and self._predecessors(existing.document) and _fails(await self._checks()):
+            # The agent keeps a check's status, by which we would be dead until it runs; a check that is gone has none.
+            await self._write({**document, "Check": None})
+        await self._write(document)
+        self._credentials = {credentials}
+
+    async def _write(self, document: Mapping[str, Any]) -> None:
+        self._writing = asyncio.ensure_future(self._agent.register(document))
+        await asyncio.shield(self._writing)
+
+    async def _checks(self) -> list[dict[str, Any]]:
+        checks = await self._agent.checks(self._wanted.id)
+        self._node = next((check["Node"] for check in checks if "Node" in check), "")
+        return checks
+
+    def _foreign(self, document: Mapping[str, Any]) -> bool:
+        """Not of our directory: then the slot's lock says nothing of whether its process lives."""
+        return not is_ours(document) or document["Meta"].get("dir") != self._wanted.meta["dir"]
+
+    def _predecessors(self, document: Mapping[str, Any]) -> bool:
+        meta = document.get("Meta") or {}
+        return any(meta.get(key) != self._wanted.meta.get(key) for key in ("dir", "pid", "proc"))
+
+    async def _respect(self, document: Mapping[str, Any]) -> None:
+        self._asked = False  # what is there now is not ours to remove
+        if not is_ours(document):
+            raise EntryTaken(f"the ID {self._wanted.id} belongs to an entry that is not ours: set CONSUL_PROM_HOST")
+        if not _fails(await self._agent.checks(self._wanted.id)):
+            pid, directory = document["Meta"].get("pid"), document["Meta"].get("dir")
+            raise EntryTaken(
+                f"the ID {self._wanted.id} belongs to pid {pid} of another directory ({directory}): "
+                "set CONSUL_PROM_HOST so that the two differ"
+            )
+
+    async def _wait(self, entry: EntryLike | None) -> EntryLike | None:
+        """Until it is time to look again: the entry has changed, or the time is over. The entry if that has read it."""
+        turn, begun = TURN * (0.8 + 0.4 * self._random()), self._clock()
+        if not (self._watch and entry) or begun < self._watch_from or self._embattled(begun):
+            await self._sleep(turn)
+            return None
+        try:
+            seen = await self._agent.service(self._wanted.id, content_hash=entry.content_hash, wait=turn)
+        except AgentError as error:
+            await self._sleep(self._missed_watch(error, turn))
+            return None
+        self._missed = 0
+        if seen and seen.content_hash == entry.content_hash and self._clock() - begun < turn / 2:
+            await self._sleep(0.5 + self._random())  # an agent that shuts down ends the wait early
+            return None
+        return seen
+
+    def _missed_watch(self, error: AgentError, turn: float) -> float:
+        """How long to wait after a blocking read that failed; the next turn will tell whether the agent has gone.
+
+        Where that goes well each time, there is no connection to spare for us to hold, or a proxy with less patience.
+        """
+        if isinstance(error, AgentBusy):
+            self._watch_from = self._clock() + UNWATCHED
+            return turn
+        self._on_failure(error.reason)
+        self._missed += 1
+        if self._missed > 1:
+            self._watch_from = self._clock() + min(turn * 2 ** min(self._missed, 10), UNWATCHED)
+        return self._random()
+
+    def _embattled(self, now: float) -> bool:
+        """Whether somebody undoes our repairs as fast as we make them: neither shall keep the agent busy with that."""
+        return len(self._repairs) == MOST_REPAIRS and now - self._repairs[0] < TURN
+
+    def _succeeded(self) -> None:
+        if self._diet.over():
+            log.info("%s is registered again", self._wanted.id)
+        self._ever = self.registered = True
+        self.trouble = ""
+
+    def _failed(self, error: AgentError) -> None:
+        self.registered = False
+        self.trouble = str(error)
+        self._on_failure(error.reason)
+        if self._diet.due(error.reason):
+            denied = isinstance(error, AgentDenied) and not isinstance(error, TokenUnreadable)
+            hint = f"; the token needs the rule: {write_rule(self._wanted.name)}" if denied else ""
+            log.warning("%s is not registered: %s%s", self._wanted.id, error, hint)
+
+
+def _fails(checks: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a check is critical because it ran: in an agent that has restarted all are so until then."""
+    return any(check.get("Status") == "critical" and check.get("Output") for check in checks)
+
+
+class Tenancy:
+    """A process in its slot, registered. Where the directory of the slots is wiped, it moves to a new slot.
+
+    `left` says whether it was deregistered, or that this was tried for as long as there was time.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        slot: Slot,
+        *,
+        on_registration: Callable[[str], None] = lambda _reason: None,
+        on_failure: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        self.slot = slot
+        self.left = False
+        self._settings = settings
+        self._on_registration = on_registration
+        self._on_failure = on_failure
+        self._registrar: Registrar | None = None
+
+    @property
+    def instance(self) -> str:
+        return f"{self._settings.host}:{self.slot.number}"
+
+    @property
+    def entry_id(self) -> str:
+        return entry_id(self._settings.service, self._settings.host, self.slot.number)
+
+    @property
+    def registered(self) -> bool:
+        return bool(self._registrar and self._registrar.registered)
+
+    @property
+    def trouble(self) -> str:
+        """Why it is not registered, as a sentence."""
+        return self._registrar.trouble if self._registrar else "the address is not known yet"
+
+    async def run(self, agent: AgentAPI, describe: Callable[[Slot], Registration]) -> None:
+        """Stay registered, until cancelled; *describe* makes the registration for a slot.
+
+        Raises:
+            SlotError: the directory was wiped, and no new slot can be had.
+        """
+        while True:
+            wanted = describe(self.slot)
+            self._registrar = Registrar(
+                agent,
+                wanted,
+                watch=self.slot.number < WATCHING_SLOTS,
+                intact=lambda: self.slot.intact,
+                on_registration=self._on_registration,
+                on_failure=self._on_failure,
+            )
+            try:
+                await self._registrar.run()
+            except SlotError as error:
+                log.error("%s gives up its slot: %s; it starts again in a new one", wanted.id, error)
+                self.slot.release()
+                self.slot = acquire(self._settings.dir, self._settings.service, prefer=self.slot.number)
+
+    async def leave(self, timeout: float) -> None:
+        """Deregister, after `run` was cancelled, or say in one line that the entry is left over."""
+        trouble: Exception = TimeoutError()
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.left:
+                    try:
+                        if self._registrar and await self._registrar.deregister():
+                            log.info("deregistered %s", self.entry_id)
+                        self.left = True
+                        self.slot.settle()
+                    except (AgentBusy, AgentFailed, AgentUnreachable) as error:
+                        trouble = error  # which may pass while there is time
+                        await asyncio.sleep(RETRY)
+        except TimeoutError:
+            self.left_over(trouble)
+        except AgentError as error:
+            self.left_over(error)
+        self.left = True
+
+    def left_over(self, error: Exception) -> None:
+        why = str(error) or "the agent did not answer within CONSUL_PROM_STOP_TIMEOUT"
+        log.warning("%s may still be registered: %s; `consul-prom deregister` removes it", self.entry_id, why)
+
+
+def backoff(clock: Callable[[], float], random: Callable[[], float]) -> Iterator[float]:
+    """Seconds to wait before each next try: random at first, up to 2 s in the first minute, then up to 15 s."""
+    begun, delay = clock(), 0.25
+    yield random()
+    while True:
+        cap = 2.0 if clock() - begun < 60 else 15.0
+        delay = min(delay * 2, cap)
+        yield delay * (0.5 + random() / 2)
+
+
+class _Diet:
+    """What to log: a failure at once if it is new and each ten minutes while it lasts, at most ten lines an hour."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._said: dict[str, float] = {}
+        self._lines: deque[float] = deque()
+        self._pending = False
+
+    def due(self, reason: str) -> bool:
+        now = self._clock()
+        if now - self._said.get(reason, -math.inf) < REPEAT_LOG or not self.room(MOST_FAILURES):
+            return False
+        self._said[reason] = now
+        self._pending = True
+        return True
+
+    def over(self) -> bool:
+        """Whether a failure that was logged has ended."""
+        was, self._pending = self._pending, False
+        self._said.clear()
+        return was and self.room()
+
+    def room(self, most: int = MOST_LINES) -> bool:
+        """Whether there is room for a line, which is then taken."""
+        now = self._clock()
+        while self._lines and now - self._lines[0] >= 3600:
+            self._lines.popleft()
+        if len(self._lines) >= most:
+            return False
+        self._lines.append(now)
+        return True

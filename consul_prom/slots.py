@@ -1,0 +1,216 @@
+"""A slot is one small integer of a service and directory, held by a file lock for as long as its process lives.
+
+The kernel ends the lock with the process, however that ends. Lock files stay: unlinking one would part its waiters
+over two inodes. filelock closes the descriptor in every forked child, so that a child never keeps its parent's slot.
+"""
+
+import errno
+import os
+import secrets
+import stat
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from filelock import FileLock, Timeout
+
+from consul_prom.errors import SlotError
+
+Lock = FileLock
+MOST_SLOTS: Final = 4096
+PATIENCE: Final = 0.1
+TOUCH: Final = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A held slot: `number`, and the `directory` with its random `directory_id`, which ends in the entry's meta."""
+
+    number: int
+    directory: Path
+    directory_id: str
+    lock: FileLock
+
+    @property
+    def intact(self) -> bool:
+        """Whether the file that we hold is still the one at its path: a wiped directory lets others lock anew.
+
+        Asked from time to time, it keeps the directory from those who remove what nobody touched for days (tmpfiles.d).
+        """
+        try:
+            held, seen = os.fstat(_descriptor(self.lock)), Path(self.lock.lock_file).lstat()
+            if time.time() - held.st_mtime > TOUCH:
+                os.utime(_descriptor(self.lock))
+                os.utime(self.directory / "id")
+        except OSError:
+            return False
+        return (held.st_dev, held.st_ino) == (seen.st_dev, seen.st_ino)
+
+    def settle(self) -> None:
+        """Note that the slot has no entry any more, so that nobody need look for one when our process is gone."""
+        _note(self.lock, "")
+
+    def release(self) -> None:
+        """Give the slot up; does nothing in a forked child, which never held it."""
+        with suppress(RuntimeError):  # filelock refuses a lock inherited over a fork
+            self.lock.release(force=True)
+
+
+def acquire(directory: Path, service: str, *, prefer: int = 0) -> Slot:
+    """The smallest slot of *service* in *directory* that no live process holds, or *prefer* where that is free.
+
+    Raises:
+        SlotError: the directory cannot be used; the message names CONSUL_PROM_DIR and says why.
+    """
+    try:
+        identity = _prepare(directory)
+        for number in (prefer, *range(MOST_SLOTS)):
+            lock = _try_patiently(directory, service, number)
+            if lock is not None:
+                _note(lock, f"{os.getpid()} {process_identity(os.getpid())}")
+                return Slot(number, directory, identity, lock)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: {reason}") from error
+    raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r}: all {MOST_SLOTS} slots of {service!r} are held")
+
+
+def try_lock(directory: Path, service: str, number: int) -> FileLock | None:
+    """The lock of a slot, or None where a live process holds it."""
+    return _try(directory / f"{service}.{number}.lock")
+
+
+def try_caretaker(directory: Path, service: str) -> FileLock | None:
+    """The lock that makes one worker of *service* and *directory* the caretaker, or None where another is that."""
+    return _try(directory / f"{service}.caretaker")
+
+
+def abandoned(directory: Path, service: str) -> list[int]:
+    """The slots whose last process is gone and may have left an entry. Takes no lock: a newborn might stumble on it.
+
+    This is where to look, no proof: that is the slot's lock.
+    """
+    found = []
+    for path in directory.glob(f"{service}.*.lock"):
+        number = path.name.removeprefix(f"{service}.").removesuffix(".lock")
+        if number.isdecimal() and _looks_dead(path):
+            found.append(int(number))
+    return sorted(found)
+
+
+def forget(lock: FileLock) -> None:
+    """Note that an abandoned slot, whose *lock* we hold, has no entry any more."""
+    _note(lock, "")
+
+
+def _try(path: Path) -> FileLock | None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))  # filelock would make it, for all
+    lock = FileLock(path, mode=0o600, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+def _try_patiently(directory: Path, service: str, number: int) -> FileLock | None:
+    """Whoever holds the lock of a dead process' slot only sweeps up, and gives it back at once."""
+    ends_at = time.monotonic() + PATIENCE
+    while (lock := try_lock(directory, service, number)) is None:
+        if time.monotonic() > ends_at or not _looks_dead(directory / f"{service}.{number}.lock"):
+            return None
+        time.sleep(0.005)
+    return lock
+
+
+def _note(lock: FileLock, text: str) -> None:
+    """A full disk keeps nobody from a slot: what is not noted is found by the slot's next worker."""
+    with suppress(OSError):
+        os.ftruncate(_descriptor(lock), 0)
+        os.pwrite(_descriptor(lock), text.encode(), 0)
+
+
+def _looks_dead(path: Path) -> bool:
+    """Whether the process that a lock file names is gone, as far as can be seen from here."""
+    try:
+        pid, identity = path.read_text(encoding="ascii").split()
+        boot, namespace, _ = identity.split(".")
+        ours = (process_identity(os.getpid()) or "").split(".")
+    except (OSError, ValueError):
+        return False
+    if boot != ours[0]:
+        return ours != [""]
+    return namespace == ours[1] and process_identity(int(pid)) != identity
+
+
+def directory_id(directory: Path) -> str | None:
+    """The random id of a directory, or None where there is none (any more)."""
+    try:
+        return (directory / "id").read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def process_identity(pid: int, *, proc: Path = Path("/proc")) -> str | None:
+    """``<boot id>.<pid namespace>.<start ticks>``: what tells a process from a later one of the same pid.
+
+    None where the process is gone (a zombie is), or the system has no /proc to tell.
+    """
+    try:
+        boot, namespace = _boot(proc), (proc / "self/ns/pid").readlink().name.removeprefix("pid:[").removesuffix("]")
+        status = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    state, *numbers = status.rpartition(")")[2].split()  # the name before it may hold anything
+    return None if state in "ZX" else f"{boot}.{namespace}.{numbers[18]}"
+
+
+@cache
+def _boot(proc: Path) -> str:
+    return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+
+
+def _prepare(directory: Path) -> str:
+    """Make the directory and its id where they are missing; refuse one that others could tamper with."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    name = f"CONSUL_PROM_DIR={str(directory)!r}"
+    if stat.S_ISLNK(found.st_mode):
+        raise SlotError(f"{name} is a symbolic link; name the directory itself")
+    if not stat.S_ISDIR(found.st_mode):
+        raise SlotError(f"{name} is not a directory")
+    if found.st_uid != os.geteuid():
+        raise SlotError(f"{name} belongs to uid {found.st_uid}, not to ours ({os.geteuid()}); each user needs its own")
+    if found.st_mode & 0o077:
+        mode = stat.S_IMODE(found.st_mode)
+        raise SlotError(f"{name} has mode {mode:04o}: others can get at it; chmod 0700")
+    return directory_id(directory) or _new_id(directory)
+
+
+def _new_id(directory: Path) -> str:
+    """Written aside and linked, so that of several first workers one wins and nobody reads half an id."""
+    aside = directory / f"id.{os.getpid()}.{secrets.token_hex(4)}"
+    try:
+        with aside.open("x", encoding="ascii") as file:
+            file.write(secrets.token_hex(8))
+            file.flush()
+            os.fsync(file.fileno())  # an id that is empty after a power loss would shut the directory for ever
+        with suppress(FileExistsError):
+            os.link(aside, directory / "id")
+    finally:
+        aside.unlink(missing_ok=True)
+    identity = directory_id(directory)
+    if identity is None:
+        raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} does not keep the file 'id' that we wrote")
+    return identity
+
+
+def _descriptor(lock: FileLock) -> int:
+    descriptor = lock._context.lock_file_fd  # noqa: SLF001  # filelock tells its descriptor in no other way
+    return -1 if descriptor is None else descriptor

@@ -1,0 +1,175 @@
+"""Texts to paste: Prometheus' scrape configuration, ACL policies, and the table of the settings. Pure."""
+
+import json
+import re
+from collections.abc import Iterator
+
+from consul_prom.errors import SettingsError
+from consul_prom.settings import ROWS, TAG, Row, Settings
+
+_PLAIN = re.compile(r"[A-Za-z/][\w./-]*(:[0-9]+)?|([0-9]+\.){3}[0-9]+:[0-9]+", re.ASCII)
+_NO_TEXT = re.compile(r"true|false|yes|no|on|off|y|n|null", re.IGNORECASE)
+
+
+def prometheus(settings: Settings, *, all_services: bool = False) -> str:
+    """A ``scrape_configs`` section that finds every worker of the service, or of all services.
+
+    No secret is in it. https://prometheus.io/docs/prometheus/latest/configuration/configuration/#consul_sd_config
+
+    Raises:
+        SettingsError: it is to be for one service, and none is set.
+    """
+    if not settings.service and not all_services:
+        raise SettingsError(
+            "no service name: pass --service, set CONSUL_PROM_SERVICE, or --all-services", from_code=False
+        )
+    name = TAG if all_services else settings.consul_service
+    selection = f"tags: [{TAG}]" if all_services else f"services: [{_scalar(name)}]"
+    return "\n".join((*_head(name), *_discovery(settings, selection), *_RELABELLING, ""))
+
+
+def acl(settings: Settings) -> str:
+    """The least ACL policies of all who take part, in HCL, with the reason of each rule.
+
+    https://developer.hashicorp.com/consul/docs/security/acl/acl-rules
+
+    Raises:
+        SettingsError: no service is set.
+    """
+    if not settings.service:
+        raise SettingsError("no service name: pass --service or set CONSUL_PROM_SERVICE", from_code=False)
+    name = settings.consul_service
+    return _ACL.format(name=name, write=write_rule(name))
+
+
+def write_rule(name: str) -> str:
+    """What a worker's token needs, and a command's; it implies reading."""
+    return f'service "{name}" {{ policy = "write" }}'
+
+
+def settings_table() -> str:
+    """README's table of all settings, in Markdown."""
+    lines = ["| Variable | Type | Default | Meaning |", "|---|---|---|---|"]
+    lines += [f"| `{row.env}` | {row.kind} | {_default(row)} | {row.help} |" for row in ROWS]
+    return "\n".join((*lines, ""))
+
+
+def _head(name: str) -> Iterator[str]:
+    yield "scrape_configs:"
+    yield f"  - job_name: {_scalar(name)}"
+
+
+def _discovery(settings: Settings, selection: str) -> Iterator[str]:
+    address = settings.consul_http_addr
+    yield "    consul_sd_configs:"
+    if address.socket:
+        yield "      # The workers' agent is at a unix socket, which Prometheus cannot use: name its HTTP address."
+        yield "      - server: localhost:8500"
+    else:
+        yield "      # The workers' agent; any other of the datacenter will do, as long as Prometheus reaches it."
+        yield f"      - server: {_scalar(_host_and_port(settings))}"
+        if address.scheme == "https":
+            yield "        scheme: https"
+        if address.prefix:
+            yield f"        path_prefix: {_scalar(address.prefix)}"
+    yield f"        {selection}"
+    yield "        # At most one question to Consul in so long; its default, 30s, is how long new workers would wait."
+    yield "        refresh_interval: 5s"
+    for key in ("namespace", "partition"):
+        value = getattr(settings, f"consul_{key}")
+        if value:
+            yield f"        {key}: {_scalar(value)}"
+    yield from _token(settings)
+    if address.scheme == "https" and not address.socket:
+        yield from _tls(settings)
+
+
+def _token(settings: Settings) -> Iterator[str]:
+    if settings.consul_http_token_file:
+        yield "        # A token that may read services, nodes and agents; the file as Prometheus sees it."
+        yield from _token_file(settings.consul_http_token_file)
+    elif settings.consul_http_token:
+        yield "        # Consul wants a token that may read services, nodes and agents; put it into a file:"
+        yield from (line.replace("        ", "        # ", 1) for line in _token_file("/etc/prometheus/consul-token"))
+
+
+def _token_file(path: str) -> Iterator[str]:
+    yield "        http_headers:"
+    yield "          X-Consul-Token:"
+    yield f"            files: [{_scalar(path)}]"
+
+
+def _tls(settings: Settings) -> Iterator[str]:
+    files = {
+        "ca_file": settings.consul_cacert,
+        "cert_file": settings.consul_client_cert,
+        "key_file": settings.consul_client_key,
+        "server_name": settings.consul_tls_server_name,
+    }
+    lines = [f"          {key}: {_scalar(value)}" for key, value in files.items() if value]
+    if not settings.consul_http_ssl_verify:
+        lines.append("          insecure_skip_verify: true")
+    if lines:
+        yield "        # The files as Prometheus sees them."
+        yield "        tls_config:"
+        yield from lines
+
+
+_ACL = """\
+# Each part is a policy of its own: consul acl policy create -name <name> -rules @<file>
+
+# ==== The workers: CONSUL_HTTP_TOKEN or CONSUL_HTTP_TOKEN_FILE
+# To register, read, watch, repair and deregister their own entries, in the catalogue too.
+{write}
+# Optional, to ask the agent which address it advertises. Without it a worker takes the default route's source
+# address, unless CONSUL_PROM_ADDRESS is set.
+# agent_prefix "" {{ policy = "read" }}
+
+# ==== The commands: consul-prom list, consul-prom deregister
+# To see the entries, whose health comes with them, and to remove those of dead workers.
+{write}
+
+# ==== Prometheus
+# To read the entries, and the nodes that they are on: without the second it finds nothing, and says nothing.
+service "{name}" {{ policy = "read" }}
+node_prefix "" {{ policy = "read" }}
+# To ask the agent for its datacenter. Not needed where consul_sd_configs sets `datacenter`.
+agent_prefix "" {{ policy = "read" }}
+
+# ==== Every agent: acl.tokens.agent in its configuration
+# To take out of the catalogue what was deregistered. Without it the entry of a killed worker stays there, passing.
+node_prefix "" {{ policy = "write" }}
+"""
+
+_RELABELLING = (
+    "    # Critical targets stay: a worker that cannot answer is the one to see as up == 0.",
+    "    relabel_configs:",
+    "      # The application's name.",
+    "      - source_labels: [__meta_consul_service_metadata_service]",
+    "        regex: (.+)",
+    "        target_label: job",
+    "      # <host>:<slot>, which the worker's successor inherits; a port would be a new series each time.",
+    "      - source_labels: [__meta_consul_service_metadata_instance]",
+    "        regex: (.+)",
+    "        target_label: instance",
+    "      # http or https, as the worker serves it.",
+    "      - source_labels: [__meta_consul_service_metadata_scheme]",
+    "        regex: (.+)",
+    "        target_label: __scheme__",
+)
+
+
+def _host_and_port(settings: Settings) -> str:
+    address = settings.consul_http_addr
+    return f"[{address.host}]:{address.port}" if ":" in address.host else f"{address.host}:{address.port}"
+
+
+def _scalar(text: str) -> str:
+    """Plain where YAML takes it for nothing but a text, else quoted; JSON's quoted texts are YAML's."""
+    plain = _PLAIN.fullmatch(text) and not _NO_TEXT.fullmatch(text)
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+def _default(row: Row) -> str:
+    shown = row.shown or row.default
+    return f"`{shown}`" if row.default or "<" in shown else shown

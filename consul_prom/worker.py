@@ -1,0 +1,426 @@
+"""Composition root: slot → endpoint → registration → registrar, and back. Every adapter starts and stops a Worker."""
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from typing import Any, ClassVar, Unpack
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
+
+from consul_prom import __version__
+from consul_prom.caretaker import Caretaker
+from consul_prom.client import AgentClient, deregister_now
+from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
+from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
+from consul_prom.exposition import render
+from consul_prom.registrar import Tenancy
+from consul_prom.registration import Registration, build, origin
+from consul_prom.settings import Arguments, Settings, check_worker, load, switch
+from consul_prom.slots import Slot, acquire
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """This process as one Prometheus target.
+
+    `slot` and `instance` are known when `start` returns, `url` as soon as the address is; each is None before that,
+    and where the worker is switched off or could not start.
+    """
+
+    def __init__(self, *, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Arguments]) -> None:
+        """Reads the settings; opens nothing.
+
+        Raises:
+            SettingsError: an argument is wrong. What is wrong in the environment is said by `start`.
+        """
+        self._registry = registry
+        self._settings: Settings | None = None
+        self._misset: SettingsError | None = None
+        self._required = switch("required", arguments)
+        self._disabled = switch("disabled", arguments)
+        self._life: _Life | None = None
+        self._left = False
+        try:
+            self._settings = load(arguments)
+        except SettingsError as error:
+            if error.from_code:
+                raise
+            self._misset = error
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.instance} url={self.url} registered={self.registered}>"
+
+    @property
+    def request_metrics(self) -> bool:
+        """Whether an adapter should count requests."""
+        return bool(self._settings and self._settings.request_metrics and not self._disabled)
+
+    @property
+    def slot(self) -> int | None:
+        return self._life.tenancy.slot.number if self._life and not self._life.failure else None
+
+    @property
+    def instance(self) -> str | None:
+        return self._life.tenancy.instance if self._life and not self._life.failure else None
+
+    @property
+    def url(self) -> str | None:
+        return self._life.url if self._life else None
+
+    @property
+    def registered(self) -> bool:
+        return bool(self._life and self._life.tenancy.registered)
+
+    def start(self, *, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Serve and register this process; a second call does nothing. Waits for the metrics thread, for nothing else.
+
+        Where another Worker of this process serves the registry already, this one shares its slot, port and entry.
+        *loop* is the application's, whose lag is measured. What fails is one ERROR line and the application goes on.
+
+        Raises:
+            ConsulPromError: only where REQUIRED: it could not start, or was not registered within START_TIMEOUT.
+        """
+        if (self._life and self._life.mine) or self._disabled:
+            return
+        try:
+            if self._misset:
+                raise self._misset
+            assert self._settings  # noqa: S101  # one of the two is there
+            check_worker(self._settings)
+            with _Life.sharing:
+                self._life = _Life.shared(self._settings, self._registry)
+                self._life.start(loop)
+            if self._required:
+                self._await_registration(self._life, self._settings.start_timeout)
+        except ConsulPromError as error:
+            self.stop()
+            if self._required:
+                raise
+            log.error("consul-prom is off: %s", error)
+
+    async def leave(self) -> None:
+        """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`."""
+        if self._life and self._life.mine and not self._left:
+            self._left = True
+            self._life.leavers += 1
+            if self._life.leavers == self._life.users:
+                await self._life.leave_in_thread()
+
+    def stop(self) -> None:
+        """Deregister, close and give the slot up; within STOP_TIMEOUT, or one log line says what is left over."""
+        life, self._life = self._life, None
+        if life and life.mine:
+            with _Life.sharing:
+                life.users -= 1
+                life.leavers -= self._left
+                self._left = False
+                last = not life.users
+            if last:
+                life.stop()
+
+    def _await_registration(self, life: "_Life", timeout: float) -> None:
+        ends_at = time.monotonic() + timeout
+        while not life.tenancy.registered:
+            if life.failure:
+                raise life.failure
+            if time.monotonic() > ends_at:
+                raise EndpointError(f"not registered within CONSUL_PROM_START_TIMEOUT: {life.tenancy.trouble}")
+            time.sleep(0.01)
+
+
+@contextmanager
+def running(*, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Arguments]) -> Iterator[Worker]:
+    """A worker for as long as the context lasts: for scripts, jobs, and servers that have no adapter of ours.
+
+    Raises:
+        SettingsError: an argument is wrong.
+        ConsulPromError: with REQUIRED, it could not start.
+    """
+    worker = Worker(registry=registry, **arguments)
+    try:
+        worker.start()
+        yield worker
+    finally:
+        worker.stop()
+
+
+class _Life:
+    """What a started worker has; one for each registry of the process, however many Workers it has.
+
+    Its coroutines run in the metrics thread.
+    """
+
+    of_registry: ClassVar[dict[CollectorRegistry, "_Life"]] = {}
+    sharing: ClassVar[threading.RLock] = threading.RLock()
+
+    def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
+        self.settings = settings
+        self.users = self.leavers = 0
+        self.url: str | None = None
+        self.failure: ConsulPromError | None = None
+        self.thread = MetricsThread()
+        self._pid = os.getpid()
+        self._registry = registry
+        self._address = ""
+        self._listener: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._client: AgentClient | None = None
+        self._endpoint: Endpoint | None = None
+        self._ends_at: float | None = None
+        self._probes: list[Future[Any]] = []
+        slot = acquire(settings.dir, settings.service)
+        try:
+            self._metrics = _OwnMetrics(registry)
+        except ValueError as error:
+            slot.release()
+            raise EndpointError(f"the application has metrics of our names: {error}") from error
+        self.tenancy = Tenancy(
+            settings, slot, on_registration=self._metrics.registered, on_failure=self._metrics.failed
+        )
+        self._metrics.show(lambda: self.tenancy.registered)
+
+    @classmethod
+    def shared(cls, settings: Settings, registry: CollectorRegistry) -> "_Life":
+        """The life that the registry has in this process, or a new one."""
+        life = cls.of_registry.get(registry)
+        if life and not life.mine:
+            life.disown()
+        elif life and life.tenancy.left:
+            life.stop()  # on its way out: it would not register again
+            life = None
+        if life is None or not life.mine:
+            life = cls.of_registry[registry] = cls(settings, registry)
+        elif life.settings.service != settings.service:
+            ours, theirs = settings.service, life.settings.service
+            log.warning("this process is registered as %r already; service=%r is not used", theirs, ours)
+        life.users += 1
+        return life
+
+    def disown(self) -> None:
+        """In a child: our metrics, copied with all of the parent, make room for the child's own."""
+        self._metrics.close()
+
+    @property
+    def mine(self) -> bool:
+        """False in a child that the application forked: all of this is its parent's."""
+        return self._pid == os.getpid()
+
+    def start(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        if self.users == 1:
+            self.thread.start()
+            if self.settings.address or self.settings.port.first:
+                self.listen(self.settings.address or route_address())
+            self.thread.spawn(self.run())
+        if loop:
+            self._probes.append(self.thread.spawn(self._metrics.probe(loop)))
+
+    async def leave_in_thread(self) -> None:
+        with suppress(EndpointError):
+            leaving = asyncio.wrap_future(self.thread.spawn(self.leave(self._remaining())))
+            await asyncio.wait({leaving}, timeout=self._remaining())
+
+    def stop(self) -> None:
+        if self.of_registry.get(self._registry) is self:
+            del self.of_registry[self._registry]
+        for probe in self._probes:
+            probe.cancel()
+        if not self.tenancy.left:
+            self._within(self.leave(0.9 * self._remaining()))  # so that it has ended when the wait for it ends
+        if not self.tenancy.left:
+            self.leave_now(self._remaining())
+        self._within(self.close())
+        if not self.thread.stop(self._remaining()):
+            log.warning("the metrics thread of %s did not end within CONSUL_PROM_STOP_TIMEOUT", self.tenancy.instance)
+        self.dispose()
+
+    def _remaining(self) -> float:
+        """Seconds left of the one STOP_TIMEOUT that all parts of a stop share; never quite none."""
+        self._ends_at = self._ends_at or time.monotonic() + self.settings.stop_timeout
+        return max(self._ends_at - time.monotonic(), 0.1)
+
+    def _within(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        with suppress(EndpointError):
+            wait([self.thread.spawn(coroutine)], self._remaining())
+
+    def listen(self, address: str | None) -> None:
+        if address is None:
+            raise EndpointError("this host has no default route to tell its address by: set CONSUL_PROM_ADDRESS")
+        self._address = address
+        self._listener = listen(self.settings.bind or address, self.settings.port.candidates(self.tenancy.slot.number))
+        self.url = f"{origin(address, self._listener.getsockname()[1])}/metrics"
+
+    async def run(self) -> None:
+        """From the address on, until cancelled."""
+        self._task = asyncio.current_task()
+        try:
+            with FORKING:  # a child forked in the middle of an import could never import the same
+                self._client = AgentClient(self.settings)
+            if self._listener is None:
+                self.listen(await find_address(self._client.self_))
+            self._endpoint = Endpoint(render=self._render, about=self._about, on_scrape=self._metrics.scraped)
+            assert self._listener  # noqa: S101  # `listen` has set it or raised
+            await self._endpoint.serve(self._listener)
+            caretaker = asyncio.ensure_future(self._take_care(self._client))
+            try:
+                await self.tenancy.run(self._client, self._describe)
+            finally:
+                caretaker.cancel()
+        except ConsulPromError as error:
+            log.error("consul-prom is off: %s", error)
+            await self._fail(error)
+        except Exception:
+            log.exception("consul-prom is off: an error that it did not expect")
+            await self._fail(EndpointError("an error that consul-prom did not expect"))
+
+    async def _take_care(self, client: AgentClient) -> None:
+        settings = self.settings
+        try:
+            await Caretaker(client, directory=settings.dir, service=settings.service, host=settings.host).run()
+        except Exception:
+            log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
+
+    async def leave(self, timeout: float) -> None:
+        if self._task:
+            self._task.cancel()
+        await self.tenancy.leave(timeout)
+
+    def leave_now(self, timeout: float) -> None:
+        """The same from outside of the metrics thread, which does not answer."""
+        try:
+            if self._client and self.tenancy.registered:
+                deregister_now(self.settings, self.tenancy.entry_id, timeout=timeout, hosts=self._client.resolved)
+        except AgentError as error:
+            self.tenancy.left_over(error)
+
+    async def close(self) -> None:
+        try:
+            if self._endpoint:
+                await self._endpoint.aclose()
+        finally:
+            if self._client:
+                await self._client.aclose()
+
+    def dispose(self) -> None:
+        """What needs no event loop: registry, socket and slot are as before the start."""
+        self._metrics.close()
+        if self._listener:
+            self._listener.close()
+        self.url = None
+        self.tenancy.slot.release()
+
+    async def _fail(self, error: ConsulPromError) -> None:
+        try:
+            await self.tenancy.leave(self.settings.stop_timeout)
+        finally:
+            await self.close()
+            self.dispose()
+            self.failure = error
+
+    def _describe(self, slot: Slot) -> Registration:
+        assert self._listener  # noqa: S101  # `run` has it
+        self._metrics.tell(host=self.settings.host, slot=slot.number)
+        port = self._listener.getsockname()[1]
+        return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
+
+    def _render(self, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
+        return render(self._registry, accept=accept, accept_encoding=accept_encoding, names=names)
+
+    def _about(self) -> dict[str, str]:
+        return {
+            "service": self.settings.service,
+            "instance": self.tenancy.instance,
+            "pid": str(self._pid),
+            "registered": "yes" if self.tenancy.registered else f"no: {self.tenancy.trouble}",
+        }
+
+
+class _OwnMetrics:
+    """What a worker tells of itself, in the registry that it serves; gone from it when the worker stops."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Raises ValueError where the application has a metric of such a name."""
+        self._registry = registry
+        self._lag = 0.0
+        self._asked_at: float | None = None
+        try:
+            self._info = Info("consul_prom_worker", "This worker.", registry=registry)
+            self._registered = Gauge(
+                "consul_prom_registered", "Whether the agent holds this worker's entry.", registry=registry
+            )
+            self._registrations = Counter(
+                "consul_prom_registrations", "Registrations, by what called for them.", ["reason"], registry=registry
+            )
+            self._failures = Counter(
+                "consul_prom_sync_failures",
+                "Talks with the agent that failed, by reason.",
+                ["reason"],
+                registry=registry,
+            )
+            self._scrapes = Counter("consul_prom_scrapes", "Scrapes of this worker.", registry=registry)
+            self._duration = Summary(
+                "consul_prom_scrape_duration_seconds", "Time to render a scrape.", registry=registry
+            )
+            self._last_scrape = Gauge(
+                "consul_prom_last_scrape_timestamp_seconds", "When the last scrape was, since 1970.", registry=registry
+            )
+            self._lag_gauge = Gauge(
+                "consul_prom_event_loop_lag_seconds",
+                "How long the application's event loop takes, or took at last, to run a callback.",
+                registry=registry,
+            )
+        except ValueError:
+            self.close()
+            raise
+        self._lag_gauge.set_function(self._lag_now)
+
+    def show(self, registered: Callable[[], bool]) -> None:
+        self._registered.set_function(registered)
+
+    def tell(self, *, host: str, slot: int) -> None:
+        with FORKING:
+            self._info.info({"version": __version__, "host": host, "slot": str(slot)})
+
+    def registered(self, reason: str) -> None:
+        with FORKING:
+            self._registrations.labels(reason).inc()
+
+    def failed(self, reason: str) -> None:
+        with FORKING:
+            self._failures.labels(reason).inc()
+
+    def scraped(self, seconds: float) -> None:
+        self._scrapes.inc()
+        self._duration.observe(seconds)
+        self._last_scrape.set_to_current_time()
+
+    async def probe(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Ask the application's loop for a callback each second; one that hangs shows a lag that grows."""
+        with suppress(RuntimeError):  # the loop was closed
+            while True:
+                if self._asked_at is None:
+                    self._asked_at = time.perf_counter()
+                    loop.call_soon_threadsafe(self._answered)
+                await asyncio.sleep(1)
+        self._asked_at = None
+
+    def close(self) -> None:
+        for metric in vars(self).values():
+            if isinstance(metric, Info | Gauge | Counter | Summary):
+                with suppress(KeyError):
+                    self._registry.unregister(metric)
+
+    def _answered(self) -> None:
+        if self._asked_at is not None:
+            self._lag = time.perf_counter() - self._asked_at
+        self._asked_at = None
+
+    def _lag_now(self) -> float:
+        asked_at = self._asked_at
+        return max(self._lag, time.perf_counter() - asked_at) if asked_at is not None else self._lag

@@ -1,0 +1,197 @@
+"""Random faults, from a seed, on a real Gunicorn, a real Consul and a real Prometheus, while clients ask."""
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from consul_prom import snippets
+from consul_prom.settings import load
+from tests.services.consul import Consul
+from tests.services.gunicorn import Gunicorn
+from tests.services.prometheus import Prometheus
+from tests.services.proxy import NONE, Fault, Proxy, answer
+from tests.services.waiting import wait_until
+
+WORKERS = 8
+TOKEN = "6f1c2c5e-0b52-4f8e-9d3b-2f6d8c1a7e44"
+PACE = 0.02
+EXCUSE = 3.0
+
+
+@dataclass
+class Clients:
+    """A client that asks all the time; `failures` are (time, error)."""
+
+    shop: Gunicorn
+    failures: list[tuple[float, str]] = field(default_factory=list)
+    asked: int = 0
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        over = threading.Event()
+        thread = threading.Thread(target=self._ask, args=(over,))
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _ask(self, over: threading.Event) -> None:
+        while not over.wait(PACE):
+            self.asked += 1
+            try:
+                self.shop.get("/fire", timeout=20)
+            except Exception as error:  # noqa: BLE001  # whatever a client sees counts
+                self.failures.append((time.monotonic(), repr(error)))
+
+
+class Chaos:
+    """The stage and what can go wrong on it.
+
+    `incidents` are the times at which a worker was killed or replaced, which may drop connections that it had accepted.
+    """
+
+    def __init__(self, seed: int, *, enabled: bool) -> None:
+        self.random = random.Random(seed)
+        self.enabled = enabled
+        self.incidents: list[float] = []
+        self.done: list[str] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        enter = self._stack.enter_context
+        self.consul = enter(Consul(dev=False))
+        self.proxy = enter(Proxy(self.consul.url))
+        settings = {
+            "CONSUL_HTTP_ADDR": self.proxy.url,
+            "CONSUL_HTTP_TOKEN": TOKEN,
+            "CONSUL_PROM_DISABLED": str(not self.enabled).lower(),
+        }
+        self.shop = enter(Gunicorn(workers=WORKERS, settings=settings, options=["--timeout=60"]))
+        scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
+        self.prometheus = enter(Prometheus(scrape))
+        self.clients = Clients(self.shop)
+        self.calm()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
+
+    def calm(self) -> None:
+        """Wait until the entries are those of the live workers, one each."""
+        if self.enabled:
+            try:
+                wait_until(self.settled, within=150, what="an entry a worker")
+            except AssertionError as error:
+                entries = {key: entry["Meta"]["pid"] for key, entry in self.entries().items()}
+                story = f"{self.done}\nentries {entries}\nworkers {self.shop.workers()}"
+                raise AssertionError(f"{error}\n{story}\n{self.shop.log.read_text()[-5000:]}") from None
+
+    def settled(self) -> bool:
+        found = [int(entry["Meta"]["pid"]) for entry in self.entries().values()]
+        live = self.shop.workers()
+        return len(found) == len(set(found)) == len(live) == WORKERS and set(found) == live
+
+    def entries(self) -> dict[str, dict[str, Any]]:
+        status, found = self.consul.call("/v1/agent/services")
+        assert status == 200
+        return {key: entry for key, entry in found.items() if entry["Service"] == "shop-metrics"}
+
+    def rage(self, seconds: float) -> None:
+        """One thing after the other goes wrong for so long; then the number of workers is as at first."""
+        ends = time.monotonic() + seconds
+        extra = 0
+        faults: list[Callable[[], int | None]] = [
+            *(self.kill_worker, self.kill_agent, self.reload, self.more, self.fewer),
+            *(self.hang, self.reset, self.refuse, self.deregister, self.confuse),
+        ]
+        with self.clients.asking():
+            for step in itertools.count():
+                if time.monotonic() > ends:
+                    break
+                fault = faults[step] if step < len(faults) else self.random.choice(faults)
+                if (fault == self.more and extra >= 2) or (fault == self.fewer and extra <= -2):
+                    continue
+                extra += fault() or 0
+                self.done.append(fault.__name__)
+                time.sleep(self.random.uniform(0.3, 2))  # how long the fault is left to work, not a wait for something
+            self.proxy.fault = NONE
+            for _ in range(abs(extra)):
+                os.kill(self.shop.pid, signal.SIGTTOU if extra > 0 else signal.SIGTTIN)
+                self.incident()
+            self.calm()
+
+    def incident(self) -> None:
+        self.incidents.append(time.monotonic())
+
+    def kill_worker(self) -> None:
+        """SIGKILL of a worker."""
+        with suppress(ProcessLookupError):
+            os.kill(self.random.choice(sorted(self.shop.workers())), signal.SIGKILL)
+        self.incident()
+
+    def kill_agent(self) -> None:
+        """SIGKILL of the agent, which comes back with its data."""
+        self.consul.kill()
+        time.sleep(self.random.uniform(0, 2))
+        self.consul.start()
+
+    def reload(self) -> None:
+        """SIGHUP."""
+        before = self.shop.workers()
+        os.kill(self.shop.pid, signal.SIGHUP)
+        self.incident()
+        wait_until(lambda: not before & self.shop.workers(), within=60, what="new workers")
+        self.incident()
+
+    def more(self) -> int:
+        """One worker more."""
+        os.kill(self.shop.pid, signal.SIGTTIN)
+        return 1
+
+    def fewer(self) -> int:
+        """One worker less."""
+        os.kill(self.shop.pid, signal.SIGTTOU)
+        self.incident()
+        return -1
+
+    def hang(self) -> None:
+        """The agent takes what is asked and does not answer."""
+        self.proxy.fault = Fault(hang=True)
+
+    def reset(self) -> None:
+        """The agent's answers break off."""
+        self.proxy.fault = Fault(reset_after=self.random.randrange(200))
+
+    def refuse(self) -> None:
+        """The agent cannot be reached."""
+        self.proxy.fault = Fault(refuse=True)
+
+    def confuse(self) -> None:
+        """Something else answers in the agent's stead; then all is well."""
+        self.proxy.fault = Fault(answer=answer(200, "<html>Welcome</html>"))
+        time.sleep(self.random.uniform(0, 1))
+        self.proxy.fault = NONE
+
+    def deregister(self) -> None:
+        """Somebody removes an entry."""
+        self.proxy.fault = NONE
+        found = sorted(self.entries())
+        if found:
+            self.consul.call(f"/v1/agent/service/deregister/{self.random.choice(found)}", method="PUT")
+
+    def unexcused(self) -> list[tuple[float, str]]:
+        """The failures of clients that no kill or replacement of a worker explains."""
+        return [
+            failure
+            for failure in self.clients.failures
+            if not any(-EXCUSE < failure[0] - incident < EXCUSE for incident in self.incidents)
+        ]

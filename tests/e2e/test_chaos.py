@@ -1,0 +1,49 @@
+"""Whatever happens, and in whatever order: when it is over, the targets are the live workers, and nothing leaks."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.chaos import TOKEN, WORKERS, Chaos
+from tests.services.waiting import wait_until
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("seed", "seconds"),
+    [(1, 30), pytest.param(2, 180, marks=pytest.mark.full), pytest.param(3, 180, marks=pytest.mark.full)],
+)
+def test_chaos(seed: int, seconds: float) -> None:
+    """After random faults the targets are the live workers; no request failed, and nothing was left, because of us."""
+    with Chaos(seed, enabled=True) as chaos:
+        chaos.rage(seconds)
+        print(f"seed {seed}: {len(chaos.done)} faults, {chaos.clients.asked} requests, {chaos.clients.failures}")
+        assert not chaos.unexcused()
+        instances = {entry["Meta"]["instance"] for entry in chaos.entries().values()}
+        wait_until(
+            lambda: (
+                {t["labels"]["instance"] for t in chaos.prometheus.targets() if t["health"] == "up"} == instances
+                and len(chaos.prometheus.targets()) == WORKERS
+            ),
+            within=150,
+            what="the live workers as targets",
+        )
+        for pid in chaos.shop.workers():
+            assert len(list(Path(f"/proc/{pid}/task").iterdir())) <= 3, (
+                "a worker's threads: its own, ours, a name look-up"
+            )
+            sockets = [link for link in _links(pid) if link.startswith("socket:")]
+            assert len(sockets) < 20, sockets
+        slots = sorted(path.name for path in (chaos.shop.directory / "slots").iterdir())
+        assert set(slots) <= {"id", "shop.caretaker", *(f"shop.{slot}.lock" for slot in range(2 * WORKERS + 4))}
+        log = chaos.shop.log.read_text()
+        workers = set(chaos.shop.workers())
+        chaos.shop.stop(within=30)
+        assert not chaos.entries()
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+        assert TOKEN not in log
+        assert "Traceback" not in log, log[-5000:]
+
+
+def _links(pid: int) -> list[str]:
+    return [str(path.readlink()) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]

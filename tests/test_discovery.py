@@ -1,0 +1,157 @@
+"""prometheus_async's own servers with our discovery, where its stock agent fails."""
+
+import asyncio
+import logging
+import ssl
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+from prometheus_async.aio.web import start_http_server, start_http_server_in_thread
+
+from consul_prom import ConsulDiscovery
+from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.endpoint import route_address
+from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
+from tests.services.consul import Consul
+from tests.services.waiting import eventually, wait_until
+
+
+@pytest.fixture
+def agent() -> Iterator[DevAgent]:
+    with running() as agent:
+        yield agent
+
+
+@pytest.fixture
+def arguments(agent: DevAgent, tmp_path: Path) -> dict[str, Any]:
+    return {"service": "shop", "host": "web-1", "consul_http_addr": agent.url, "dir": tmp_path / "slots"}
+
+
+async def test_server(agent: DevAgent, arguments: dict[str, Any]) -> None:
+    """A server on one address is registered as it is, answers the agent's check, and is gone when it is closed."""
+    server = await start_http_server(addr="127.0.0.1", service_discovery=ConsulDiscovery(**arguments))
+    assert server.is_registered
+    await eventually(lambda: agent.state.services, within=10, what="an entry")
+    entry = agent.state.services["shop.web-1.0"]
+    assert (entry.address, entry.port, entry.meta["instance"]) == ("127.0.0.1", server.socket.port, "web-1:0")
+    await server.close()
+    assert not agent.state.services
+
+
+async def test_check(tmp_path: Path) -> None:
+    """The check that real Consul runs against prometheus_async's server passes, with TLS too."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("anything.example").configure_cert(context)
+    with Consul() as consul:
+        discovery = ConsulDiscovery(
+            service="shop", host="web-1", consul_http_addr=consul.url, dir=tmp_path / "slots", check_interval=1
+        )
+        servers = [
+            await start_http_server(addr="127.0.0.1", ssl_ctx=tls, service_discovery=discovery)
+            for tls in (None, context)
+        ]
+
+        def passing() -> bool:
+            checks = consul.call("/v1/agent/checks")[1].values()
+            return [check["Output"][:8] for check in checks if check["Status"] == "passing"] == ["HTTP GET"] * 2
+
+        await eventually(lambda: asyncio.to_thread(passing), within=30, what="two passing checks that have run")
+        for server in servers:
+            await server.close()
+        assert consul.call("/v1/agent/services")[1] == {}
+
+
+async def test_all_interfaces(agent: DevAgent, arguments: dict[str, Any]) -> None:
+    """A server on all interfaces, which Consul refuses as it stands, is registered with an address and its port."""
+    server = await start_http_server(service_discovery=ConsulDiscovery(**arguments))
+    await eventually(lambda: agent.state.services, within=10, what="an entry")
+    entry = agent.state.services["shop.web-1.0"]
+    assert entry.address == "127.0.0.1"
+    _, writer = await asyncio.open_connection(entry.address, entry.port)
+    writer.close()
+    await server.close()
+
+
+async def test_route(agent: DevAgent, arguments: dict[str, Any]) -> None:
+    """Where the agent does not tell an address, that is the default route's; ADDRESS beats both."""
+    agent.fault = Fault(path="/v1/agent/self", status=403)
+    for more, address in (({}, route_address()), ({"address": "203.0.113.5"}, "203.0.113.5")):
+        server = await start_http_server(service_discovery=ConsulDiscovery(**arguments, **more))
+        await eventually(lambda: agent.state.services, within=10, what="an entry")
+        assert agent.state.services["shop.web-1.0"].address == address
+        await server.close()
+
+
+async def test_two_servers(agent: DevAgent, arguments: dict[str, Any]) -> None:
+    """Two servers of one service do not overwrite each other."""
+    servers = [
+        await start_http_server(addr="127.0.0.1", service_discovery=ConsulDiscovery(**arguments)) for _ in range(2)
+    ]
+    await eventually(lambda: len(agent.state.services) == 2, within=10, what="two entries")
+    for server in servers:
+        await server.close()
+
+
+async def test_agent_absent(agent: DevAgent, arguments: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """An agent that is not there raises nothing; once it comes, the server is registered, and stays so."""
+    agent.fault = Fault(reset=True)
+    server = await start_http_server(addr="127.0.0.1", service_discovery=ConsulDiscovery(**arguments))
+    await eventually(lambda: caplog.records, within=10, what="a warning")
+    agent.fault = None
+    for _ in range(2):
+        await eventually(lambda: agent.state.services, within=20, what="an entry")
+        agent.state.deregister("shop.web-1.0")
+    await server.close()
+    assert {record.levelname for record in caplog.records} <= {"WARNING", "INFO", "DEBUG"}
+
+
+async def test_required(agent: DevAgent, arguments: dict[str, Any]) -> None:
+    """With REQUIRED, a server that cannot be registered in time is an error, and nothing is left of it."""
+    before = set(asyncio.all_tasks())
+    agent.fault = Fault(status=500)
+    discovery = ConsulDiscovery(**arguments, required=True, start_timeout=0.3)
+    with pytest.raises(EndpointError, match="CONSUL_PROM_START_TIMEOUT"):
+        await start_http_server(addr="127.0.0.1", service_discovery=discovery)
+    agent.fault = None
+    await eventually(lambda: set(asyncio.all_tasks()) == before, within=10, what="no task of ours")
+    server = await start_http_server(addr="127.0.0.1", service_discovery=discovery)
+    assert "shop.web-1.0" in agent.state.services
+    await server.close()
+
+
+def test_thread(agent: DevAgent, arguments: dict[str, Any]) -> None:
+    """The server in a thread starts with and without an agent, and is gone when it is closed."""
+    for fault in (None, Fault(reset=True)):
+        agent.fault = fault
+        server = start_http_server_in_thread(addr="127.0.0.1", service_discovery=ConsulDiscovery(**arguments))
+        if not fault:
+            wait_until(lambda: agent.state.services, within=10, what="an entry")
+        server.close()
+        assert not agent.state.services
+        assert not any(thread.name == "PrometheusAsyncWebEndpoint" for thread in threading.enumerate())
+
+
+async def test_trouble(
+    agent: DevAgent, arguments: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wrong argument raises at once; what is wrong around it is one ERROR, and the server serves."""
+    with pytest.raises(SettingsError, match="service='Shop'"):
+        ConsulDiscovery(service="Shop")
+    (tmp_path / "file").touch()
+    for wrong in ({"dir": tmp_path / "file"}, {"service": None}):
+        server = await start_http_server(addr="127.0.0.1", service_discovery=ConsulDiscovery(**{**arguments, **wrong}))
+        assert not server.is_registered
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        caplog.clear()
+        await server.close()
+        with pytest.raises(ConsulPromError):
+            await start_http_server(
+                addr="127.0.0.1", service_discovery=ConsulDiscovery(**{**arguments, **wrong}, required=True)
+            )
+    server = await start_http_server(addr="127.0.0.1", service_discovery=ConsulDiscovery(**arguments, disabled=True))
+    assert not server.is_registered
+    await server.close()

@@ -1,0 +1,674 @@
+"""The worker as a whole: one process, its slot, its endpoint and its entry."""
+
+import asyncio
+import importlib
+import logging
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.core import GaugeMetricFamily
+
+import consul_prom
+from consul_prom import slots
+from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.endpoint import route_address
+from consul_prom.errors import EndpointError, SettingsError
+from consul_prom.worker import Worker
+from tests.services.waiting import wait_until
+
+Make = Callable[..., Worker]
+FORKS = 50
+
+
+@pytest.fixture
+def agent() -> Iterator[DevAgent]:
+    with running() as agent:
+        yield agent
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "slots"
+
+
+@pytest.fixture
+def make(agent: DevAgent, registry: CollectorRegistry, directory: Path) -> Iterator[Make]:
+    """Workers of the service shop that are stopped in the end."""
+    made = []
+
+    def make(**arguments: Any) -> Worker:
+        defaults = {"service": "shop", "host": "web-1", "consul_http_addr": agent.url, "dir": directory}
+        made.append(Worker(**{"registry": registry, **defaults, **arguments}))
+        return made[-1]
+
+    yield make
+    for worker in made:
+        worker.stop()
+
+
+def registered(worker: Worker) -> Worker:
+    wait_until(lambda: worker.registered, within=10, what="registered")
+    return worker
+
+
+def nothing(worker: Worker) -> bool:
+    """Whether the worker has not started, or no longer runs."""
+    return {worker.slot, worker.instance, worker.url} == {None} and not worker.registered
+
+
+def page(worker: Worker) -> str:
+    assert worker.url
+    with urllib.request.urlopen(worker.url, timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name == "consul-prom"}
+
+
+def test_life(agent: DevAgent, make: Make, registry: CollectorRegistry, directory: Path) -> None:
+    """A worker serves and registers, and leaves neither entry, thread, slot nor metric behind."""
+    before = set(registry.collect())
+    worker = make(tags="v1", meta={"team": "a"})
+    assert nothing(worker)
+    worker.start()
+    worker.start()
+    assert (worker.slot, worker.instance) == (0, "web-1:0")
+    registered(worker)
+    entry = agent.state.services["shop.web-1.0"]
+    assert "consul_prom_registered 1.0" in page(worker)
+    assert 'consul_prom_registrations_total{reason="start"} 1.0' in page(worker)
+    assert repr(worker) == f"<Worker web-1:0 url={worker.url} registered=True>"
+    assert worker.url == f"http://127.0.0.1:{entry.port}/metrics"
+    worker.stop()
+    worker.stop()
+    assert nothing(worker)
+    assert not agent.state.services
+    assert not threads()
+    assert set(registry.collect()) == before
+    lock = slots.try_lock(directory, "shop", 0)
+    assert lock
+    lock.release()
+
+
+def test_again(agent: DevAgent, make: Make) -> None:
+    """A stopped worker may start again."""
+    worker = make()
+    for _ in range(2):
+        worker.start()
+        registered(worker)
+        worker.stop()
+        assert not agent.state.services
+
+
+def test_shared(agent: DevAgent, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """Workers of one process and registry, of two adapters say, are one target until the last of them stops."""
+    first, second, third = make(), make(), make(service="other")
+    for worker in (first, second, third):
+        worker.start()
+    registered(first)
+    assert {worker.url for worker in (first, second, third)} == {first.url}
+    assert list(agent.state.services) == ["shop.web-1.0"]
+    assert "registered as 'shop' already; service='other' is not used" in caplog.text
+    first.stop()
+    third.stop()
+    assert registered(second).slot == 0
+    second.stop()
+    assert not agent.state.services
+
+
+def test_running(agent: DevAgent, registry: CollectorRegistry, directory: Path) -> None:
+    """A script is a target for as long as the context lasts, however it ends."""
+
+    def script() -> None:
+        with consul_prom.running(
+            service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry
+        ) as worker:
+            assert registered(worker).instance == "web-1:0"
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        script()
+    assert not agent.state.services
+    assert not list(registry.collect())
+
+
+def test_slots(agent: DevAgent, make: Make) -> None:
+    """Two workers of a directory have two slots, and the next one has the smallest that is free."""
+    one, two = (make(registry=CollectorRegistry()) for _ in range(2))
+    one.start()
+    two.start()
+    assert (one.slot, two.slot) == (0, 1)
+    one.stop()
+    three = make(registry=CollectorRegistry())
+    three.start()
+    assert three.slot == 0
+
+
+class TestAddress:
+    """Where the endpoint listens and what the entry says."""
+
+    def test_set(self, make: Make) -> None:
+        """With ADDRESS or PORT set, the endpoint is bound when start returns."""
+        worker = make(address="127.0.0.3")
+        worker.start()
+        assert worker.url
+        assert worker.url.startswith("http://127.0.0.3:")
+
+    def test_port(self, make: Make) -> None:
+        """With PORT alone, the default route's address is bound when start returns."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        worker = make(port=port)
+        worker.start()
+        assert worker.url == f"http://{route_address()}:{port}/metrics"
+
+    def test_advertised(self, make: Make) -> None:
+        """Without either, it is what the agent advertises, loopback included."""
+        worker = make()
+        worker.start()
+        wait_until(lambda: worker.url, within=10, what="an address")
+        assert str(worker.url).startswith("http://127.0.0.1:")
+
+    @pytest.mark.parametrize(
+        "fault",
+        [
+            Fault(path="/v1/agent/self", status=403, body="Permission denied"),
+            Fault(path="/v1/agent/self", status=200, body='{"Member": {"Addr": "203.0.113.77"}}'),
+            Fault(path="/v1/agent/self", status=200, body='{"Member": {}}'),
+            Fault(path="/v1/agent/self", status=500, body="rpc error"),
+            Fault(path="/v1/agent/self", hang=True),
+        ],
+        ids=["denied", "not ours", "not told", "failing", "hanging"],
+    )
+    def test_route(self, agent: DevAgent, make: Make, fault: Fault) -> None:
+        """Where the agent does not tell an address of ours, it is the default route's."""
+        agent.fault = fault
+        worker = make()
+        worker.start()
+        registered(worker)
+        assert str(worker.url).startswith(f"http://{route_address()}:")
+
+    def test_no_route(
+        self, agent: DevAgent, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """With neither, the worker waits for the agent, says so once, and never takes loopback by itself."""
+        monkeypatch.setattr("consul_prom.endpoint.route_address", lambda: None)
+        monkeypatch.setattr("consul_prom.endpoint.ASK_AGENT", 0.1)
+        agent.fault = Fault(path="/v1/agent/self", status=500)
+        worker = make()
+        worker.start()
+        wait_until(lambda: caplog.records, within=10, what="a warning")
+        assert worker.url is None
+        agent.fault = None
+        registered(worker)
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+            "neither the agent nor a default route tells our address: set CONSUL_PROM_ADDRESS"
+        ]
+
+    def test_bind(self, agent: DevAgent, make: Make) -> None:
+        """BIND is where it listens and ADDRESS what it says, for an address that is translated to ours."""
+        worker = make(address="203.0.113.9", bind="127.0.0.4")
+        worker.start()
+        registered(worker)
+        entry = agent.state.services["shop.web-1.0"]
+        assert worker.url == f"http://203.0.113.9:{entry.port}/metrics"
+        with socket.create_connection(("127.0.0.4", entry.port), timeout=5):
+            pass
+
+    def test_ipv6(self, agent: DevAgent, make: Make) -> None:
+        """An IPv6 address is bracketed where it must be."""
+        worker = make(address="::1")
+        worker.start()
+        registered(worker)
+        assert agent.state.services["shop.web-1.0"].address == "::1"
+        assert "consul_prom_registered" in page(worker)
+
+
+class TestTrouble:
+    """What goes wrong is one ERROR line, and the application goes on; with REQUIRED it raises."""
+
+    @pytest.fixture(params=[False, True], ids=["optional", "required"])
+    def fails(
+        self, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, registry: CollectorRegistry
+    ) -> Callable[[Callable[..., Worker], str], None]:
+        """Start a worker that cannot start, for the reason in *words*."""
+
+        def check(make: Callable[..., Worker], words: str) -> None:
+            worker = make(required=request.param, start_timeout=5)
+            with suppress(SettingsError, EndpointError) if not request.param else pytest.raises(Exception, match=words):
+                worker.start()
+            wait_until(lambda: not worker._life or worker._life.failure, within=10, what="the failure")
+            errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
+            assert len(errors) == (0 if request.param else 1), errors
+            assert request.param or (errors[0].startswith("consul-prom is off: ") and words in errors[0])
+            assert nothing(worker)
+            assert not list(registry.collect())
+            worker.stop()
+            assert not threads()
+
+        return check
+
+    def test_no_service(self, make: Make, fails: Callable[..., None]) -> None:
+        """No service name."""
+        fails(lambda **more: make(service=None, **more), "no service name: pass service=... or set CONSUL_PROM_SERVICE")
+
+    def test_multiprocess_mode(self, make: Make, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+        """prometheus_client's own multiprocess mode."""
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/somewhere")
+        fails(make, "PROMETHEUS_MULTIPROC_DIR='/somewhere'")
+
+    def test_port_taken(self, make: Make, fails: Callable[..., None]) -> None:
+        """A port that somebody else has."""
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            fails(lambda **more: make(address="127.0.0.1", port=port, **more), f"port {port} is taken on 127.0.0.1")
+
+    def test_not_ours(self, make: Make, fails: Callable[..., None]) -> None:
+        """An address that is not ours."""
+        fails(lambda **more: make(address="203.0.113.9", **more), "203.0.113.9 is no address of this host")
+
+    def test_directory(self, make: Make, fails: Callable[..., None], tmp_path: Path) -> None:
+        """A directory that is none."""
+        (tmp_path / "file").touch()
+        fails(lambda **more: make(dir=tmp_path / "file", **more), "is not a directory")
+
+    def test_thread(self, make: Make, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A system that gives no thread."""
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            fails(make, "can't start new thread")
+
+    def test_environment(self, make: Make, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+        """A wrong setting in the environment."""
+        monkeypatch.setenv("CONSUL_PROM_PORT", "many")
+        fails(make, "CONSUL_PROM_PORT='many'")
+
+    def test_names(self, make: Make, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
+        """An application that has a metric of our names is left alone."""
+        Gauge("consul_prom_registered", "The application's own.", registry=registry)
+        worker = make()
+        worker.start()
+        assert "the application has metrics of our names" in caplog.text
+        assert nothing(worker)
+        assert len(list(registry.collect())) == 1
+        other = make(registry=CollectorRegistry())
+        other.start()
+        assert other.slot == 0
+
+    def test_argument(self, make: Make) -> None:
+        """A wrong argument raises at once, required or not."""
+        with pytest.raises(SettingsError, match="service='Shop'"):
+            make(service="Shop")
+
+    def test_required_without_agent(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
+        """REQUIRED raises when the agent does not answer within START_TIMEOUT, and undoes the start."""
+        agent.fault = Fault(hang=True)
+        worker = make(required=True, start_timeout=0.3, stop_timeout=0.5, address="127.0.0.1")
+        with pytest.raises(EndpointError, match="not registered within CONSUL_PROM_START_TIMEOUT"):
+            worker.start()
+        assert not threads()
+        assert not list(registry.collect())
+
+    @pytest.mark.parametrize("how", ["argument", "text", "environment"])
+    def test_required_and_misset(self, make: Make, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+        """REQUIRED raises for a wrong environment too, however it was set."""
+        monkeypatch.setenv("CONSUL_PROM_PORT", "many")
+        if how == "environment":
+            monkeypatch.setenv("CONSUL_PROM_REQUIRED", "true")
+        arguments: dict[str, dict[str, Any]] = {"argument": {"required": True}, "text": {"required": "true"}}
+        worker = make(**arguments.get(how, {}))
+        with pytest.raises(SettingsError, match="CONSUL_PROM_PORT='many'"):
+            worker.start()
+
+    def test_disabled_and_misset(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """DISABLED says nothing of what else is wrong."""
+        monkeypatch.setenv("CONSUL_PROM_PORT", "many")
+        monkeypatch.setenv("CONSUL_PROM_DISABLED", "1")
+        worker = make()
+        worker.start()
+        assert nothing(worker)
+        assert not caplog.records
+
+    def test_disabled(self, agent: DevAgent, make: Make) -> None:
+        """DISABLED starts nothing, and says nothing."""
+        worker = make(disabled=True)
+        worker.start()
+        assert (worker.slot, threads(), list(agent.requests)) == (None, set(), [])
+
+
+class TestAgentTrouble:
+    """Consul cannot hold the worker up."""
+
+    def test_absent(self, make: Make) -> None:
+        """Without an agent the worker serves, and its stop is quick and says nothing, since there is nothing left."""
+        worker = make(consul_http_addr="127.0.0.1:1", address="127.0.0.1")
+        worker.start()
+        assert "consul_prom_registered 0.0" in wait_until(lambda: page(worker), within=10, what="a page")
+        worker.stop()
+
+    def test_stop_while_it_hangs(self, agent: DevAgent, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+        """An agent that hangs keeps the stop for STOP_TIMEOUT, and one line says what is left over."""
+        worker = make(stop_timeout=0.3)
+        worker.start()
+        registered(worker)
+        agent.fault = Fault(hang=True)
+        worker.stop()
+        assert not threads()
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("shop.web-1.0 may still be registered: the agent did not answer within ")
+        agent.fault = None
+
+    def test_stop_while_we_hang(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
+        """A metrics thread that is stuck in a collector is deregistered without it."""
+        stuck, release = threading.Event(), threading.Event()
+
+        class Stuck:
+            def collect(self) -> Iterator[GaugeMetricFamily]:
+                stuck.set()
+                release.wait(20)
+                yield GaugeMetricFamily("stuck", "A collector that takes its time.", 1)
+
+            def describe(self) -> list[GaugeMetricFamily]:
+                return []
+
+        worker = make(stop_timeout=0.5)
+        worker.start()
+        registered(worker)
+        registry.register(Stuck())
+        scrape = threading.Thread(target=lambda: _quietly(worker))
+        scrape.start()
+        assert stuck.wait(5)
+        worker.stop()
+        assert not agent.state.services
+        release.set()
+        scrape.join()
+        wait_until(lambda: not threads(), within=5, what="the end of the thread")
+
+    def test_wiped_directory_while_the_agent_fails(
+        self, agent: DevAgent, make: Make, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A worker whose directory is wiped while the agent does not answer is registered again when it does."""
+        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        worker = make()
+        worker.start()
+        registered(worker)
+        before = agent.state.services["shop.web-1.0"].meta["dir"]
+        agent.fault = Fault(status=500)
+        shutil.rmtree(directory)
+        wait_until(lambda: not worker.registered, within=20, what="the failure noticed")
+        agent.fault = None
+        wait_until(
+            lambda: worker.registered and agent.state.services["shop.web-1.0"].meta["dir"] != before,
+            within=60,
+            what="registered from the new directory",
+        )
+
+    async def test_leave_while_we_hang(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
+        """A collector that hangs does not hold the application's shutdown up for longer than STOP_TIMEOUT."""
+        stuck, release = threading.Event(), threading.Event()
+
+        class Stuck:
+            def collect(self) -> Iterator[GaugeMetricFamily]:
+                stuck.set()
+                release.wait(60)
+                yield GaugeMetricFamily("stuck", "A collector that takes its time.", 1)
+
+            def describe(self) -> list[GaugeMetricFamily]:
+                return []
+
+        worker = make(stop_timeout=0.5)
+        worker.start()
+        await asyncio.to_thread(registered, worker)
+        registry.register(Stuck())
+        scrape = threading.Thread(target=lambda: _quietly(worker))
+        scrape.start()
+        assert await asyncio.to_thread(stuck.wait, 5)
+        async with asyncio.timeout(10):  # the collector takes a minute
+            await worker.leave()
+        worker.stop()
+        assert not agent.state.services
+        release.set()
+        scrape.join()
+        wait_until(lambda: not threads(), within=5, what="the end of the thread")
+
+    def test_wiped_directory(
+        self,
+        agent: DevAgent,
+        make: Make,
+        directory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A worker whose directory was wiped starts again in a new slot, at the same address."""
+        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        worker = make()
+        worker.start()
+        registered(worker)
+        url, meta = worker.url, agent.state.services["shop.web-1.0"].meta
+        shutil.rmtree(directory)
+        wait_until(
+            lambda: any(entry.meta["dir"] != meta["dir"] for entry in agent.state.services.values()),
+            within=20,
+            what="a new registration",
+        )
+        assert (worker.url, worker.slot) == (url, 0)
+        assert "gives up its slot" in caplog.text
+        again = 'consul_prom_registrations_total{reason="start"} 2.0'
+        wait_until(lambda: again in page(worker), within=5, what="a second start")
+
+
+def test_fork(agent: DevAgent, make: Make) -> None:
+    """What a forked child does with its parent's worker changes nothing."""
+    worker = make()
+    worker.start()
+    registered(worker)
+    child = os.fork()
+    if not child:
+        worker.stop()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert "shop.web-1.0" in agent.state.services
+    assert "consul_prom_registered 1.0" in page(worker)
+    assert worker._life
+    assert worker._life.tenancy.slot.intact
+    assert slots.try_lock(worker._life.tenancy.slot.directory, "shop", 0) is None
+
+
+async def test_lag(make: Make) -> None:
+    """A blocked loop shows up as a lag while it is blocked, and after."""
+    worker = make(address="127.0.0.1")
+    worker.start(loop=asyncio.get_running_loop())
+
+    def lag() -> float:
+        line = next(
+            line for line in page(worker).splitlines() if line.startswith("consul_prom_event_loop_lag_seconds ")
+        )
+        return float(line.split()[1])
+
+    await asyncio.to_thread(wait_until, lambda: 0 < lag() < 0.5, within=10, what="a small lag")
+    time.sleep(1.5)  # noqa: ASYNC251  # the loop is blocked, while the thread is scraped right here
+    assert lag() > 0.3
+    await asyncio.to_thread(worker.stop)
+
+
+async def test_leave(agent: DevAgent, make: Make) -> None:
+    """Leaving deregisters and goes on serving until the stop."""
+    worker = make()
+    worker.start()
+    await asyncio.to_thread(registered, worker)
+    await worker.leave()
+    await worker.leave()
+    assert not agent.state.services
+    assert "consul_prom_registered 0.0" in await asyncio.to_thread(page, worker)
+    worker.stop()
+
+
+def _quietly(worker: Worker) -> None:
+    with suppress(OSError, AssertionError):
+        page(worker)
+
+
+class TestFork:
+    """A child that the application forks has nothing of ours, and takes nothing of its parent's away."""
+
+    @staticmethod
+    def fork(work: Callable[[], object]) -> int:
+        """The exit code of a child that does *work*, 0 if it raises nothing."""
+        child = os.fork()
+        if not child:
+            try:
+                work()
+            except BaseException:  # noqa: BLE001  # the exit code says it
+                os._exit(1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def test_descriptors(self, make: Make) -> None:
+        """None of the worker's sockets is open in a child, nor its epoll; what the parent has goes on."""
+        worker = make()
+        worker.start()
+        registered(worker)
+        page(worker)
+        assert worker._life
+        ours, descriptors = _sockets_of(worker), worker._life.thread.descriptors()
+        assert len(ours) >= 4, "a listener, a connection to the agent, the loop's own pair"
+
+        def look() -> None:
+            links = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
+            assert not links & ours
+            assert {str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in descriptors} == {"/dev/null"}
+
+        assert self.fork(look) == 0
+        assert "consul_prom_registered 1.0" in page(worker)
+
+    def test_port(self, agent: DevAgent, make: Make) -> None:
+        """A child that outlives the worker keeps neither its port nor its slot."""
+        reader, writer = os.pipe()
+        worker = make(address="127.0.0.1")
+        worker.start()
+        registered(worker)
+        port = agent.state.services["shop.web-1.0"].port
+        child = os.fork()
+        if not child:
+            os.close(writer)
+            os.read(reader, 1)  # until the parent lets it end
+            os._exit(0)
+        os.close(reader)
+        worker.stop()
+        again = make(address="127.0.0.1", port=port)
+        again.start()
+        assert again.slot == 0
+        assert again.url == f"http://127.0.0.1:{port}/metrics"
+        os.close(writer)
+        os.waitpid(child, 0)
+
+    def test_right_after_the_start(self, make: Make) -> None:
+        """A child that is forked while the worker still starts can import what the worker imports."""
+        for delay in (0, 0.01, 0.02, 0.04):
+            worker = make(registry=CollectorRegistry(), address="127.0.0.1")
+            for name in [name for name in sys.modules if name.partition(".")[0] in {"consul", "requests", "urllib3"}]:
+                del sys.modules[name]
+            worker.start()
+            time.sleep(delay)  # the moment of the fork is what is varied
+
+            def use() -> None:
+                signal.alarm(20)
+                importlib.import_module("requests")
+
+            assert self.fork(use) == 0
+            worker.stop()
+
+    def test_worker_of_the_same_registry_in_child(self, agent: DevAgent, make: Make) -> None:
+        """A child may be a worker with the registry that it has from its parent."""
+        make().start()
+        wait_until(lambda: "shop.web-1.0" in agent.state.services, within=10, what="the parent's entry")
+
+        def work() -> None:
+            worker = make()
+            worker.start()
+            assert registered(worker).slot == 1
+            assert "consul_prom_registered 1.0" in page(worker)
+            worker.stop()
+
+        assert self.fork(work) == 0
+        assert list(agent.state.services) == ["shop.web-1.0"]
+
+    def test_worker_in_child(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
+        """A child may be a worker itself: it has a slot, a port and an entry of its own."""
+        make().start()
+        wait_until(lambda: "shop.web-1.0" in agent.state.services, within=10, what="the parent's entry")
+
+        def work() -> None:
+            worker = make(registry=CollectorRegistry())
+            worker.start()
+            assert registered(worker).slot == 1
+            worker.stop()
+
+        assert self.fork(work) == 0
+        assert list(agent.state.services) == ["shop.web-1.0"]
+
+    def test_no_deadlock(self, make: Make, registry: CollectorRegistry) -> None:
+        """Children that are forked while scrapes go on can use the registry: no lock of it is held in any of them."""
+        lock = threading.Lock()
+
+        class Locked:
+            def collect(self) -> Iterator[GaugeMetricFamily]:
+                with lock:
+                    time.sleep(0.005)  # as a family with many series takes time, under its lock
+                    yield GaugeMetricFamily("locked", "A collector that has a lock, as prometheus_client's have.", 1)
+
+            def describe(self) -> list[GaugeMetricFamily]:
+                return []
+
+        registry.register(Locked())
+        worker = make(address="127.0.0.1")
+        worker.start()
+        over = threading.Event()
+
+        def scrape() -> None:
+            while not over.is_set():
+                page(worker)
+
+        def use() -> None:
+            assert lock.acquire(timeout=10)
+
+        scraping = threading.Thread(target=scrape)
+        scraping.start()
+        try:
+            assert {self.fork(use) for _ in range(FORKS)} == {0}
+        finally:
+            over.set()
+            scraping.join()
+
+
+def _sockets_of(worker: Worker) -> set[str]:
+    """The sockets of the worker's loop, as /proc shows them."""
+    assert worker._life
+    links = {str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in worker._life.thread.descriptors()}
+    return {link for link in links if link.startswith("socket:")}
