@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from tests.services.program import own_address
 
 DEADLINE = 10.0
+BACKLOG = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,7 @@ class Proxy:
         self._prefix = prefix
         self._fault = NONE
         self._open: dict[asyncio.Task[None], _Connection] = {}
-        self._server: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
 
@@ -132,7 +133,7 @@ class Proxy:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._call(self._stop())
+        self._call(self._end())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(DEADLINE)
         self._loop.close()
@@ -143,18 +144,30 @@ class Proxy:
     async def _start(self) -> None:
         if isinstance(self._listen, Path):
             self._listen.unlink(missing_ok=True)
-            self._server = await asyncio.start_unix_server(self._accept, self._listen, backlog=1000)
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self._listen))
+            self._listener.listen(BACKLOG)
         else:
-            self._server = await asyncio.start_server(self._accept, self._listen, self._port, backlog=1000)
-            self._port = self._server.sockets[0].getsockname()[1]
+            family = socket.AF_INET6 if ":" in self._listen else socket.AF_INET
+            self._listener = socket.create_server((self._listen, self._port), family=family, backlog=BACKLOG)
+            self._port = self._listener.getsockname()[1]
+        self._listener.setblocking(False)
+        # asyncio's own server loses the sockets that it has accepted, but not yet served, when it is closed.
+        self._loop.add_reader(self._listener, self._accept, self._listener)
 
     async def _stop(self) -> None:
-        if self._server:
-            self._server.close()
-            self._server = None
+        if self._listener:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
             if isinstance(self._listen, Path):
                 self._listen.unlink(missing_ok=True)
         await self._drop()
+
+    async def _end(self) -> None:
+        await self._stop()
+        if pumps := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(pumps)
 
     async def _change(self, fault: Fault) -> None:
         before, self._fault = self._fault, fault
@@ -172,20 +185,21 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
-        self.connections += 1
-        self._open[task] = connection = _Connection(reader, writer, dead=self._fault.cut)
-        try:
-            await self._serve(connection)
-        except (asyncio.CancelledError, OSError):
-            pass  # a cancelled handler would be reported by asyncio's streams
-        finally:
-            del self._open[task]
-            connection.close()
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(BlockingIOError, ConnectionAbortedError):
+            connection = _Connection(listener.accept()[0], dead=self._fault.cut)
+            self.connections += 1
+            task = self._loop.create_task(self._serve(connection))
+            self._open[task] = connection
+            task.add_done_callback(self._closed)
+
+    def _closed(self, task: asyncio.Task[None]) -> None:
+        self._open.pop(task).close()
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, OSError):
+            raise error
 
     async def _serve(self, connection: "_Connection") -> None:
+        await connection.open()
         while head := await connection.head():
             line = head.partition(b"\r\n")[0].decode().rpartition(" ")[0]
             self.requests.append(Request(time.monotonic(), line))
@@ -214,13 +228,19 @@ class Proxy:
 class _Connection:
     """A client's connection, and the one to the agent that is made for it; `fault` is that of the request in hand."""
 
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+    accepted: socket.socket
     dead: bool
+    reader: asyncio.StreamReader = field(init=False)
+    writer: asyncio.StreamWriter = field(init=False)
+    is_open: bool = False
     fault: Fault = NONE
     sent: int = 0
     upstream: asyncio.StreamWriter | None = None
     pump: "asyncio.Task[None] | None" = None
+
+    async def open(self) -> None:
+        self.reader, self.writer = await asyncio.open_connection(sock=self.accepted)
+        self.is_open = True
 
     async def head(self) -> bytes:
         """Request line and headers; empty at the end of the connection."""
@@ -266,7 +286,7 @@ class _Connection:
         except OSError:
             pass
         if not self.dead:
-            _reset(self.writer)
+            self.reset()
 
     async def _pass_on(self, chunk: bytes) -> bool:
         """Whether that was enough."""
@@ -289,13 +309,13 @@ class _Connection:
             self.pump.cancel()
         if self.upstream:
             self.upstream.close()
-        _reset(self.writer)
+        self.reset()
 
-
-def _reset(writer: asyncio.StreamWriter) -> None:
-    """By RST, not by FIN: the other side notices at once, and may lose what it has not read yet."""
-    connected = writer.get_extra_info("socket")
-    if connected.fileno() >= 0:
-        with suppress(OSError):
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    writer.transport.abort()
+    def reset(self) -> None:
+        """By RST, not by FIN: the other side notices at once, and may lose what it has not read yet."""
+        with suppress(OSError):  # closed already
+            self.accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if self.is_open:
+            self.writer.transport.abort()
+        else:
+            self.accepted.close()
