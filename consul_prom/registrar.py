@@ -102,7 +102,8 @@ class Registrar:
         self._missed = 0
         self._watch_from = -math.inf
         self._writing: asyncio.Future[None] | None = None
-        self._asked = False
+        self.asked = False
+        """Whether the agent may hold the entry through us, or had it when we looked."""
         self._ever = False
         self._node = ""
         self._checks_at = -math.inf
@@ -167,7 +168,7 @@ class Registrar:
         if self._writing:
             await asyncio.gather(self._writing, return_exceptions=True)
         self.registered = False
-        if not self._asked:
+        if not self.asked:
             return False
         with suppress(TimeoutError, AgentTimeout):
             async with asyncio.timeout(LOOK):
@@ -204,7 +205,7 @@ class Registrar:
         field = difference(self._wanted, existing.document)
         if field and self._foreign(existing.document):
             await self._respect(existing.document)
-        self._asked = True
+        self.asked = True
         if field is None and self._clock() >= self._checks_at:
             field = check_difference(self._wanted, await self._checks())
             self._checks_at = self._clock() + (0 if field else CHECKS * (0.8 + 0.4 * self._random()))
@@ -217,7 +218,7 @@ class Registrar:
 
     async def _register(self, existing: EntryLike | None) -> None:
         """A write that was begun is ended, even if we are cancelled: cut off half-way it might take effect later."""
-        self._asked = True
+        self.asked = True
         credentials = self._agent.credentials
         self._credentials.add(credentials)
         document = self._wanted.document()
@@ -245,7 +246,7 @@ class Registrar:
         return any(meta.get(key) != self._wanted.meta.get(key) for key in ("dir", "pid", "proc"))
 
     async def _respect(self, document: Mapping[str, Any]) -> None:
-        self._asked = False  # what is there now is not ours to remove
+        self.asked = False  # what is there now is not ours to remove
         if not is_ours(document):
             raise EntryTaken(f"the ID {self._wanted.id} belongs to an entry that is not ours: set CONSUL_PROM_HOST")
         if not _fails(await self._agent.checks(self._wanted.id)):
@@ -382,7 +383,8 @@ class Tenancy:
                         if self._registrar and await self._registrar.deregister():
                             log.info("deregistered %s", self.entry_id)
                         self.left = True
-                        self.slot.settle()
+                        if self._registrar and self._registrar.asked:  # else the slot's last worker may have left one
+                            self.slot.settle()
                     except (AgentBusy, AgentFailed, AgentUnreachable) as error:
                         trouble = error  # which may pass while there is time
                         await asyncio.sleep(RETRY)

@@ -504,6 +504,19 @@ class TestCaretaker:
         worker.stop()
         assert (slot_directory / "shop.0.lock").read_text() == ""
 
+    async def test_successor_that_never_asked(self, agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
+        """What a killed worker left is removed, though its successor went before any answer of the agent."""
+        dead = workers.start()
+        workers.kill(dead)
+        agent.fault = Fault(status=500)
+        workers.run("import consul_prom\nwith consul_prom.running() as worker:\n    assert worker.slot == 0")
+        agent.fault = None
+        assert workers.entries(dead.pid)
+        client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
+        await caretaker.Caretaker(client, directory=slot_directory, service="shop", host="web-1").sweep()
+        assert not workers.entries(dead.pid)
+        await client.aclose()
+
     def test_newborn(self, slot_directory: Path) -> None:
         """A newborn has the smallest slot though a sweeper holds its lock for a moment."""
         dead = slots.acquire(slot_directory, "shop")

@@ -39,6 +39,10 @@ class Workers:
         wait_until(lambda: self.entries(process.pid), within=20, what="registered")
         return process
 
+    def run(self, script: str, **settings: str) -> None:
+        """Run another *script* in a worker's environment, to its end."""
+        subprocess.run([sys.executable, "-c", script], env=self._environment(settings), timeout=60, check=True)
+
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()

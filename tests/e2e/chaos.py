@@ -3,12 +3,14 @@
 import itertools
 import os
 import random
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Self
 
 from consul_prom import snippets
@@ -100,6 +102,13 @@ class Chaos:
         live = self.shop.workers()
         return len(found) == len(set(found)) == len(live) == WORKERS and set(found) == live
 
+    def targets(self) -> list[str]:
+        """The instances of Prometheus' targets, each that is not up with the reason."""
+        return sorted(
+            target["labels"]["instance"] + (f" {target['lastError']}" if target["health"] != "up" else "")
+            for target in self.prometheus.targets()
+        )
+
     def entries(self) -> dict[str, dict[str, Any]]:
         status, found = self.consul.call("/v1/agent/services")
         assert status == 200
@@ -125,12 +134,23 @@ class Chaos:
                 time.sleep(self.random.uniform(0.3, 2))  # how long the fault is left to work, not a wait for something
             self.proxy.fault = NONE
             for _ in range(abs(extra)):
-                os.kill(self.shop.pid, signal.SIGTTOU if extra > 0 else signal.SIGTTIN)
+                self.tell(signal.SIGTTOU if extra > 0 else signal.SIGTTIN)
                 self.incident()
             self.calm()
 
     def incident(self) -> None:
         self.incidents.append(time.monotonic())
+
+    def tell(self, number: signal.Signals) -> None:
+        """A signal to the master, which two of a kind would reach as one."""
+        os.kill(self.shop.pid, number)
+        wait_until(lambda: not self._pending(number), within=10, what=f"{number.name} delivered", every=0.001)
+
+    def _pending(self, number: signal.Signals) -> bool:
+        status = Path(f"/proc/{self.shop.pid}/status").read_text(encoding="ascii")
+        found = re.search(r"^ShdPnd:\s*([0-9a-f]+)$", status, re.MULTILINE)
+        assert found
+        return bool(int(found[1], 16) >> (number - 1) & 1)
 
     def kill_worker(self) -> None:
         """SIGKILL of a worker."""
@@ -147,19 +167,19 @@ class Chaos:
     def reload(self) -> None:
         """SIGHUP."""
         before = self.shop.workers()
-        os.kill(self.shop.pid, signal.SIGHUP)
+        self.tell(signal.SIGHUP)
         self.incident()
         wait_until(lambda: not before & self.shop.workers(), within=60, what="new workers")
         self.incident()
 
     def more(self) -> int:
         """One worker more."""
-        os.kill(self.shop.pid, signal.SIGTTIN)
+        self.tell(signal.SIGTTIN)
         return 1
 
     def fewer(self) -> int:
         """One worker less."""
-        os.kill(self.shop.pid, signal.SIGTTOU)
+        self.tell(signal.SIGTTOU)
         self.incident()
         return -1
 

@@ -19,15 +19,13 @@ def test_chaos(seed: int, seconds: float) -> None:
         chaos.rage(seconds)
         print(f"seed {seed}: {len(chaos.done)} faults, {chaos.clients.asked} requests, {chaos.clients.failures}")
         assert not chaos.unexcused()
-        instances = {entry["Meta"]["instance"] for entry in chaos.entries().values()}
-        wait_until(
-            lambda: (
-                {t["labels"]["instance"] for t in chaos.prometheus.targets() if t["health"] == "up"} == instances
-                and len(chaos.prometheus.targets()) == WORKERS
-            ),
-            within=150,
-            what="the live workers as targets",
-        )
+        instances = sorted(entry["Meta"]["instance"] for entry in chaos.entries().values())
+        try:
+            wait_until(lambda: chaos.targets() == instances, within=150, what="the live workers as targets")
+        except AssertionError as error:
+            health = chaos.consul.call("/v1/health/service/shop-metrics")[1]
+            catalogue = sorted(found["Service"]["Meta"]["instance"] for found in health)
+            pytest.fail(f"{error}: {instances}\ntargets {chaos.targets()}\ncatalogue {catalogue}\n{chaos.done}")
         for pid in chaos.shop.workers():
             assert len(list(Path(f"/proc/{pid}/task").iterdir())) <= 3, (
                 "a worker's threads: its own, ours, a name look-up"
