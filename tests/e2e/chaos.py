@@ -66,6 +66,7 @@ class Chaos:
         self.enabled = enabled
         self.incidents: list[float] = []
         self.done: list[str] = []
+        self.extra = 0
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -117,8 +118,7 @@ class Chaos:
     def rage(self, seconds: float) -> None:
         """One thing after the other goes wrong for so long; then the number of workers is as at first."""
         ends = time.monotonic() + seconds
-        extra = 0
-        faults: list[Callable[[], int | None]] = [
+        faults: list[Callable[[], None]] = [
             *(self.kill_worker, self.kill_agent, self.reload, self.more, self.fewer),
             *(self.hang, self.reset, self.refuse, self.deregister, self.confuse),
         ]
@@ -127,15 +127,14 @@ class Chaos:
                 if time.monotonic() > ends:
                     break
                 fault = faults[step] if step < len(faults) else self.random.choice(faults)
-                if (fault == self.more and extra >= 2) or (fault == self.fewer and extra <= -2):
+                if (fault == self.more and self.extra >= 2) or (fault == self.fewer and self.extra <= -2):
                     continue
-                extra += fault() or 0
+                fault()
                 self.done.append(fault.__name__)
                 time.sleep(self.random.uniform(0.3, 2))  # how long the fault is left to work, not a wait for something
             self.proxy.fault = NONE
-            for _ in range(abs(extra)):
-                self.tell(signal.SIGTTOU if extra > 0 else signal.SIGTTIN)
-                self.incident()
+            while self.extra:
+                (self.fewer if self.extra > 0 else self.more)()
             self.calm()
 
     def incident(self) -> None:
@@ -165,23 +164,24 @@ class Chaos:
         self.consul.start()
 
     def reload(self) -> None:
-        """SIGHUP."""
+        """SIGHUP, with which Gunicorn also goes back to the number of workers that it was started with."""
         before = self.shop.workers()
         self.tell(signal.SIGHUP)
+        self.extra = 0
         self.incident()
         wait_until(lambda: not before & self.shop.workers(), within=60, what="new workers")
         self.incident()
 
-    def more(self) -> int:
+    def more(self) -> None:
         """One worker more."""
         self.tell(signal.SIGTTIN)
-        return 1
+        self.extra += 1
 
-    def fewer(self) -> int:
+    def fewer(self) -> None:
         """One worker less."""
         self.tell(signal.SIGTTOU)
+        self.extra -= 1
         self.incident()
-        return -1
 
     def hang(self) -> None:
         """The agent takes what is asked and does not answer."""
