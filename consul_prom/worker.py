@@ -1,4 +1,4 @@
-"""Composition root: slot → endpoint → registration → registrar, and back. Every adapter starts and stops a Worker."""
+"""Composition root: slot → ledger → endpoint → registration → registrar, and back. Adapters start and stop it."""
 
 import asyncio
 import logging
@@ -16,9 +16,11 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info,
 from consul_prom import __version__
 from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient, deregister_now
+from consul_prom.continued import ContinuedRegistry, watch
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
-from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
+from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError, SettingsError
 from consul_prom.exposition import render
+from consul_prom.ledger import Ledger, discard, ledger_path
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
@@ -49,6 +51,8 @@ class Worker:
         self._left = False
         try:
             self._settings = load(arguments)
+            if self._settings.ledger and not self._disabled:
+                watch(registry)
         except SettingsError as error:
             if error.from_code:
                 raise
@@ -185,6 +189,8 @@ class _Life:
             settings, slot, on_registration=self._metrics.registered, on_failure=self._metrics.failed
         )
         self._metrics.show(lambda: self.tenancy.registered)
+        self._first_slot = slot
+        self._continued = self._continue()
 
     @classmethod
     def shared(cls, settings: Settings, registry: CollectorRegistry) -> "_Life":
@@ -206,6 +212,21 @@ class _Life:
     def disown(self) -> None:
         """In a child: our metrics, copied with all of the parent, make room for the child's own."""
         self._metrics.close()
+
+    def _continue(self) -> ContinuedRegistry | None:
+        """The registry with the counters of the slot's workers before us; None where its values stay in memory."""
+        slot, settings = self.tenancy.slot, self.settings
+        path = ledger_path(slot.directory, settings.service, slot.number)
+        try:
+            if settings.ledger and slot.boot:
+                ledger = Ledger.take_over(path, boot=slot.boot, instance=self.tenancy.instance)
+                return ContinuedRegistry(self._registry, ledger)
+        except LedgerError as error:
+            log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
+        except Exception:
+            log.exception("the counters of %s live in memory: an error not expected", self.tenancy.instance)
+        discard(path)  # or a later worker would continue it from below what we show
+        return None
 
     @property
     def mine(self) -> bool:
@@ -309,6 +330,8 @@ class _Life:
 
     def dispose(self) -> None:
         """What needs no event loop: registry, socket and slot are as before the start."""
+        if self._continued:
+            self._continued.close()  # first: a metric that leaves the registry leaves the ledger too
         self._metrics.close()
         if self._listener:
             self._listener.close()
@@ -326,11 +349,14 @@ class _Life:
     def _describe(self, slot: Slot) -> Registration:
         assert self._listener  # noqa: S101  # `run` has it
         self._metrics.tell(host=self.settings.host, slot=slot.number)
+        if slot is not self._first_slot:  # the directory was wiped, and our ledger with it; we count on in its memory
+            discard(ledger_path(slot.directory, self.settings.service, slot.number))
         port = self._listener.getsockname()[1]
         return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
 
     def _render(self, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
-        return render(self._registry, accept=accept, accept_encoding=accept_encoding, names=names)
+        source: Any = self._continued or self._registry
+        return render(source, accept=accept, accept_encoding=accept_encoding, names=names)
 
     def _about(self) -> dict[str, str]:
         return {
