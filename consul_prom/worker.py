@@ -18,7 +18,7 @@ from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient, deregister_now
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
-from consul_prom.exposition import render
+from consul_prom.exposition import Renderer
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
@@ -168,6 +168,7 @@ class _Life:
         self.thread = MetricsThread()
         self._pid = os.getpid()
         self._registry = registry
+        self._renderer = Renderer(registry)
         self._address = ""
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
@@ -330,7 +331,7 @@ class _Life:
         return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
 
     def _render(self, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
-        return render(self._registry, accept=accept, accept_encoding=accept_encoding, names=names)
+        return self._renderer.render(accept=accept, accept_encoding=accept_encoding, names=names)
 
     def _about(self) -> dict[str, str]:
         return {
