@@ -23,6 +23,7 @@ from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire
+from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,7 @@ class _Life:
         self._endpoint: Endpoint | None = None
         self._ends_at: float | None = None
         self._probes: list[Future[Any]] = []
+        self._web = WebConfig(settings.web_config) if settings.web_config else None
         slot = acquire(settings.dir, settings.service)
         try:
             self._metrics = _OwnMetrics(registry)
@@ -254,7 +256,11 @@ class _Life:
             raise EndpointError("this host has no default route to tell its address by: set CONSUL_PROM_ADDRESS")
         self._address = address
         self._listener = listen(self.settings.bind or address, self.settings.port.candidates(self.tenancy.slot.number))
-        self.url = f"{origin(address, self._listener.getsockname()[1])}/metrics"
+        self.url = f"{origin(address, self._listener.getsockname()[1], scheme=self._scheme)}/metrics"
+
+    @property
+    def _scheme(self) -> str:
+        return self._web.scheme if self._web else "http"
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -264,7 +270,13 @@ class _Life:
                 self._client = AgentClient(self.settings)
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
-            self._endpoint = Endpoint(render=self._render, about=self._about, on_scrape=self._metrics.scraped)
+            self._endpoint = Endpoint(
+                render=self._render,
+                about=self._about,
+                on_scrape=self._metrics.scraped,
+                allow=self.settings.allow,
+                web=self._web,
+            )
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
             caretaker = asyncio.ensure_future(self._take_care(self._client))
@@ -327,7 +339,16 @@ class _Life:
         assert self._listener  # noqa: S101  # `run` has it
         self._metrics.tell(host=self.settings.host, slot=slot.number)
         port = self._listener.getsockname()[1]
-        return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
+        return build(
+            self.settings,
+            slot=slot,
+            address=self._address,
+            port=port,
+            version=__version__,
+            pid=self._pid,
+            scheme=self._scheme,
+            tcp_check=bool(self._web and self._web.requires_certificate),
+        )
 
     def _render(self, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
         return render(self._registry, accept=accept, accept_encoding=accept_encoding, names=names)
