@@ -21,7 +21,7 @@ PACKAGE = ROOT / "consul_prom"
 ROWS = {
     0: ["errors"],
     1: ["settings", "slots", "ledger", "door", "webconfig", "devagent"],
-    2: ["client", "endpoint", "registration", "exposition", "requests", "routes", "snippets"],
+    2: ["client", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "rules", "dashboard"],
     3: ["registrar", "caretaker"],
     4: ["worker", "discovery", "screen"],
     5: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
