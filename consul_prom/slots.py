@@ -66,7 +66,7 @@ def acquire(directory: Path, service: str, *, prefer: int = 0) -> Slot:
         SlotError: the directory cannot be used; the message names CONSUL_PROM_DIR and says why.
     """
     try:
-        identity = _prepare(directory)
+        identity = prepare(directory)
         for number in (prefer, *range(MOST_SLOTS)):
             lock = _try_patiently(directory, service, number)
             if lock is not None:
@@ -174,7 +174,7 @@ def _boot(proc: Path) -> str:
     return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def _prepare(directory: Path) -> str:
+def prepare(directory: Path) -> str:
     """Make the directory and its id where they are missing; refuse one that others could tamper with."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
