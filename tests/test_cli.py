@@ -121,6 +121,7 @@ def test_commands() -> None:
         "deregister",
         "doctor",
         "list",
+        "top",
     }
     assert all(found.help for found in commands.values())
 
