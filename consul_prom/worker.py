@@ -23,6 +23,7 @@ from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire
+from consul_prom.vigil import Vigil
 from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
@@ -279,11 +280,12 @@ class _Life:
             )
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
-            caretaker = asyncio.ensure_future(self._take_care(self._client))
+            beside = [asyncio.ensure_future(it) for it in (self._take_care(self._client), self._vigil(self._endpoint))]
             try:
                 await self.tenancy.run(self._client, self._describe)
             finally:
-                caretaker.cancel()
+                for task in beside:
+                    task.cancel()
         except ConsulPromError as error:
             log.error("consul-prom is off: %s", error)
             await self._fail(error)
@@ -297,6 +299,23 @@ class _Life:
             await Caretaker(client, directory=settings.dir, service=settings.service, host=settings.host).run()
         except Exception:
             log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
+
+    async def _vigil(self, endpoint: Endpoint) -> None:
+        def cause() -> str:
+            if endpoint.turned_away:
+                return endpoint.turned_away
+            reach = f"does not reach {self.url} (CONSUL_PROM_ADDRESS)"
+            if endpoint.last_scrape:
+                return f"Prometheus has ended, or {reach}"
+            name = self.settings.consul_service
+            return f"Prometheus does not look for {name} (consul-prom config prometheus), or {reach}"
+
+        await Vigil(
+            who=lambda: self.tenancy.instance,
+            registered=lambda: self.tenancy.registered,
+            last_scrape=lambda: endpoint.last_scrape,
+            cause=cause,
+        ).run()
 
     async def leave(self, timeout: float) -> None:
         if self._task:

@@ -22,7 +22,7 @@ ROWS = {
     0: ["errors"],
     1: ["settings", "slots", "ledger", "door", "webconfig", "devagent"],
     2: ["client", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "rules", "dashboard"],
-    3: ["registrar", "caretaker"],
+    3: ["registrar", "caretaker", "vigil"],
     4: ["worker", "discovery", "screen"],
     5: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
     6: ["cli"],
