@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from consul_prom import asgi as asgi
+    from consul_prom import gunicorn as gunicorn
     from consul_prom import wsgi as wsgi
     from consul_prom.aiohttp import setup as setup
     from consul_prom.discovery import ConsulDiscovery as ConsulDiscovery
@@ -28,7 +29,7 @@ __all__ = ["ConsulDiscovery", "ConsulPromError", "SettingsError", "Worker", "__v
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: a command must not pay for a worker's libraries."""
-    if name in {"asgi", "wsgi"}:
+    if name in {"asgi", "gunicorn", "wsgi"}:
         return import_module(f"consul_prom.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'consul_prom' has no attribute {name!r}")

@@ -7,17 +7,19 @@ gone, or another one under the same pid. Any doubt is no proof. https://man7.org
 
 import asyncio
 import logging
+import math
 import os
 import stat
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 from consul_prom import slots
-from consul_prom.errors import AgentDenied, AgentError, AgentTimeout, AgentUnreachable
+from consul_prom.errors import AgentDenied, AgentError, AgentTimeout, AgentUnreachable, ConsulPromError
 from consul_prom.registration import MARKER, entry_id, is_ours, parse_entry_id
 from consul_prom.snippets import write_rule
 
@@ -27,7 +29,9 @@ Entry = Mapping[str, Any]
 State = Literal["dead", "alive", "unknown"]
 Action = Literal["removed", "would remove", "gone", "kept", "refused", "failed"]
 
+L = TypeVar("L")
 ROUND: Final = 1.0
+REPEAT_LOG: Final = 600.0
 _OURS: Final = f'Meta.managed_by == "{MARKER["managed_by"]}"'
 
 
@@ -87,10 +91,18 @@ async def sweep(
         yield outcome
 
 
+class GuestLike(Protocol):
+    """A page that the caretaker serves for those who cannot, as a target of its own."""
+
+    async def retire(self, timeout: float) -> bool: ...
+
+
 class Caretaker:
     """Removes the entries that dead workers of a service and directory left. All of its workers have one; one works.
 
     It acts on the lock's proof alone, and holds the slot's lock while it does. An agent that fails is asked again.
+    Where there are *masters* that have something to tell, *receive* starts a guest that tells it, in the slot that the
+    caretaker holds.
     """
 
     def __init__(
@@ -100,25 +112,36 @@ class Caretaker:
         directory: Path,
         service: str,
         host: str,
+        masters: Callable[[], object] = lambda: None,
+        receive: Callable[[slots.Slot], Awaitable[GuestLike]] | None = None,
+        patience: float = 1.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        """*patience*: seconds that a guest may take to leave."""
         self._agent = agent
         self._directory = directory
         self._service = service
         self._host = host
+        self._masters = masters
+        self._receive = receive
+        self._patience = patience
+        self._guest: GuestLike | None = None
+        self._refused_at = -math.inf
         self._sleep = sleep
 
     async def run(self) -> None:
         """For ever; the lock that makes it the one that works goes with the process, or when this is cancelled."""
         while True:
             await self._sleep(ROUND)
-            if lock := self._try(partial(slots.try_caretaker, self._directory, self._service)):
+            if slot := self._try(partial(slots.try_caretaker, self._directory, self._service)):
                 try:
-                    while True:
+                    while slot.intact:
+                        await self._tend(slot)
                         await self.sweep()
                         await self._sleep(ROUND)
                 finally:
-                    lock.release(force=True)
+                    await self._dismiss(slot)
+                    slot.release()
 
     async def sweep(self) -> None:
         """Look at each slot whose process seems to be gone, once: what is settled is noted in its lock file."""
@@ -140,7 +163,30 @@ class Caretaker:
             await _remove(self._agent, entry.document)
             log.info("removed %s: its worker is dead, since the lock of its slot is free", dead)
 
-    def _try(self, lock: Callable[[], slots.Lock | None]) -> slots.Lock | None:
+    async def _tend(self, slot: slots.Slot) -> None:
+        """See to it that the masters' page is served while there are masters, and that its entry goes with them."""
+        alive = bool(self._masters())
+        if self._receive and alive and not self._guest:
+            slot.occupy()  # before there may be an entry
+            try:
+                self._guest = await self._receive(slot)
+            except ConsulPromError as error:
+                if time.monotonic() - self._refused_at > REPEAT_LOG:
+                    log.warning("the page of Gunicorn's master is not served: %s", error)
+                    self._refused_at = time.monotonic()
+        elif self._guest and not alive:
+            await self._dismiss(slot)
+        elif not self._guest and slot.note:  # of a caretaker that is dead
+            with suppress(AgentError):
+                await self._bury(entry_id(self._service, self._host, slot.number))
+                slot.settle()
+
+    async def _dismiss(self, slot: slots.Slot) -> None:
+        guest, self._guest = self._guest, None
+        if guest and await guest.retire(self._patience):
+            slot.settle()
+
+    def _try(self, lock: Callable[[], L | None]) -> L | None:
         try:
             return lock()
         except OSError:
@@ -192,7 +238,7 @@ async def _remove(agent: AgentAPI, entry: Entry) -> None:
 
 def _judge(entry: Entry, host: str, locks: ExitStack) -> Verdict:
     meta, parts = entry.get("Meta") or {}, parse_entry_id(entry["ID"])
-    if parts is None or (parts.service, parts.host, str(parts.slot)) != tuple(
+    if parts is None or (parts.service, parts.host, slots.place(parts.slot)) != tuple(
         meta.get(key) for key in ("service", "host", "slot")
     ):
         return Verdict("unknown", "its ID does not fit its meta")
@@ -214,7 +260,7 @@ def _by_lock(meta: Mapping[str, str], service: str, slot: int, locks: ExitStack)
     directory = Path(path)
     try:
         # The path is someone's word: opening a pipe, say, would hang.
-        files = (directory / "id", directory / f"{service}.{slot}.lock")
+        files = (directory / "id", slots.path_of(directory, service, slot))
         if not directory.is_absolute() or not all(stat.S_ISREG(file.lstat().st_mode) for file in files):
             return Verdict("unknown", "its directory is none of slots")
         if slots.directory_id(directory) != identity:

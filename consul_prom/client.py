@@ -9,13 +9,16 @@ import asyncio
 import base64
 import errno
 import http.client
+import importlib
+import io
 import json
 import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
@@ -155,36 +158,84 @@ class AgentClient:
 def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()) -> bool:
     """`AgentClient.deregister` for the last moments of a process: no event loop, no thread, no name lookup.
 
-    *hosts* are the agent's resolved addresses; False where there was no such entry.
+    *hosts* are the agent's resolved addresses; False where there was no such entry. Takes *timeout* seconds at most.
     """
-    target = settings.consul_http_addr
-    path = f"{target.prefix}/v1/agent/service/deregister/{quote(entry_id, safe='')}?{urlencode(_scope(settings))}"
+    path = f"/v1/agent/service/deregister/{quote(entry_id, safe='')}"
+    return _ask_now(settings, "PUT", path, timeout=timeout, hosts=hosts) is not None
+
+
+def service_now(
+    settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """`AgentClient.service` in the same way: the entry, or None."""
+    body = _ask_now(settings, "GET", f"/v1/agent/service/{quote(entry_id, safe='')}", timeout=timeout, hosts=hosts)
+    try:
+        return None if body is None else _service(json.loads(body))
+    except (ValueError, RecursionError):
+        raise AgentConfused(f"{_who(settings)} sent no JSON: {body!r:.100}") from None
+
+
+def _ask_now(settings: Settings, method: str, path: str, *, timeout: float, hosts: Sequence[str]) -> bytes | None:
+    """The answer's body, or None where there is no such entry."""
+    target, ends_at = settings.consul_http_addr, time.monotonic() + timeout
+    url = f"{target.prefix}{path}?{urlencode(_scope(settings))}"
     for host in hosts or (target.host,):
         try:
-            return _put_now(settings, host, path, timeout)
+            with closing(_connection(settings, host, _left(ends_at))) as connection:
+                connection.request(method, url, headers={**_headers(settings), "Connection": "close"})
+                status, body = _read_now(connection, method, ends_at)
+            _raise_for_status(settings, status, body[:500].decode(errors="replace"))
+        except AgentNotFound:
+            return None
         except ConnectionRefusedError as error:
             refused = error  # a name often has an address that the agent does not listen on
+        except TimeoutError:
+            raise AgentTimeout(f"{_who(settings)} did not answer within {timeout:.2g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentUnreachable(f"{_who(settings)}: {_text(error)}") from error
+        else:
+            return body
     raise AgentUnreachable(f"{_who(settings)}: {_text(refused)}")
 
 
-def _put_now(settings: Settings, host: str, path: str, timeout: float) -> bool:
-    try:
-        connection = _connection(settings, host, timeout)
-        try:
-            connection.request("PUT", path, headers=_headers(settings))
-            response = connection.getresponse()
-            _raise_for_status(settings, response.status, response.read(500).decode(errors="replace"))
-        finally:
-            connection.close()
-    except AgentNotFound:
-        return False
-    except ConnectionRefusedError:
-        raise
-    except TimeoutError:
-        raise AgentTimeout(f"{_who(settings)} did not answer within {timeout:g} s") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise AgentUnreachable(f"{_who(settings)}: {_text(error)}") from error
-    return True
+def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: float) -> tuple[int, bytes]:
+    """To the end of the stream: a time-out of the socket's is for each read, and an agent may send byte by byte."""
+    stream: Any = connection.sock
+    received = bytearray()
+    while True:
+        stream.settimeout(_left(ends_at))
+        chunk = stream.recv(2**16)
+        received += chunk
+        if len(received) > LARGEST_ENTRY:
+            raise AgentConfused(f"{connection.host} answered with more than {LARGEST_ENTRY >> 20} MiB")
+        if not chunk:
+            break
+    response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]
+    response.begin()
+    return response.status, response.read()
+
+
+def _left(ends_at: float) -> float:
+    """Raises TimeoutError where there is none."""
+    left = ends_at - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Received:
+    """What http.client takes for a socket."""
+
+    def __init__(self, received: bytes) -> None:
+        self._received = received
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self._received)
+
+
+def preload() -> None:
+    """Import what the first client would, where that is better done early: before workers are forked."""
+    importlib.import_module("consul.base")
 
 
 class _Groups:

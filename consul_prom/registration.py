@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from consul_prom.settings import TAG, Settings, parse_duration
-from consul_prom.slots import Slot, process_identity
+from consul_prom.slots import MASTER, Slot, place, process_identity
 
 HEALTH_PATH: Final = "/-/healthy"
 MARKER: Final = {"external-source": "consul-prom", "managed_by": "consul-prom"}
@@ -75,12 +75,12 @@ class EntryID(NamedTuple):
 
 
 def entry_id(service: str, host: str, slot: int) -> str:
-    return f"{service}.{host}.{slot}"
+    return f"{service}.{host}.{place(slot)}"
 
 
 def parse_entry_id(text: str) -> EntryID | None:
-    match = re.fullmatch(r"([a-z][a-z0-9-]*)\.([A-Za-z0-9.-]+)\.(0|[1-9][0-9]{0,3})", text)
-    return EntryID(match[1], match[2], int(match[3])) if match else None
+    match = re.fullmatch(r"([a-z][a-z0-9-]*)\.([A-Za-z0-9.-]+)\.(0|[1-9][0-9]{0,3}|master)", text)
+    return EntryID(match[1], match[2], int(match[3]) if match[3].isdecimal() else MASTER) if match else None
 
 
 def build(
@@ -95,12 +95,12 @@ def build(
     health_path: str = HEALTH_PATH,
 ) -> Registration:
     """The registration of the process *pid*, which serves *scheme* at *address* and *port*."""
-    instance = f"{settings.host}:{slot.number}"
+    instance = f"{settings.host}:{place(slot.number)}"
     ours = {
         **MARKER,
         "service": settings.service,
         "host": settings.host,
-        "slot": str(slot.number),
+        "slot": place(slot.number),
         "instance": instance,
         "pid": str(pid),
         "proc": process_identity(pid) or "",

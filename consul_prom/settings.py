@@ -67,7 +67,10 @@ class Ports:
         return f"{self.first}-{self.last}" if self.last else str(self.first)
 
     def candidates(self, slot: int) -> list[int]:
-        """Ports to try for *slot*, in order; empty where the range ends before it."""
+        """Ports to try for *slot*, in order; empty where none is left for it.
+
+        The master's slot, -1, has the range's last, or the port before the first.
+        """
         if not self.first:
             return [0]
         if self.last is None:

@@ -9,17 +9,20 @@ import os
 import secrets
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from consul_prom.errors import SlotError
 
 Lock = FileLock
+MASTER: Final = -1
+"""The slot whose holder is the caretaker; its entry is the page of Gunicorn's masters."""
 MOST_SLOTS: Final = 4096
 PATIENCE: Final = 0.1
 TOUCH: Final = 3600.0
@@ -33,6 +36,18 @@ class Slot:
     directory: Path
     directory_id: str
     lock: FileLock
+
+    def occupy(self, hosts: Sequence[str] = ()) -> None:
+        """Note who holds the slot, and at which addresses the agent is, for those who find it abandoned."""
+        _note(self.lock, " ".join((str(os.getpid()), str(process_identity(os.getpid())), *hosts)))
+
+    @property
+    def note(self) -> str:
+        """What the slot's file says of who may have left an entry: the last holder that did not settle."""
+        try:
+            return Path(self.lock.lock_file).read_text(encoding="ascii")
+        except (OSError, ValueError):
+            return ""
 
     @property
     def intact(self) -> bool:
@@ -66,39 +81,77 @@ def acquire(directory: Path, service: str, *, prefer: int = 0) -> Slot:
         SlotError: the directory cannot be used; the message names CONSUL_PROM_DIR and says why.
     """
     try:
-        identity = _prepare(directory)
+        identity = prepare(directory)
         for number in (prefer, *range(MOST_SLOTS)):
             lock = _try_patiently(directory, service, number)
             if lock is not None:
-                _note(lock, f"{os.getpid()} {process_identity(os.getpid())}")
-                return Slot(number, directory, identity, lock)
+                slot = Slot(number, directory, identity, lock)
+                slot.occupy()
+                return slot
     except OSError as error:
         reason = error.strerror or str(error)
         raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: {reason}") from error
     raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r}: all {MOST_SLOTS} slots of {service!r} are held")
 
 
+def place(number: int) -> str:
+    """A slot as IDs, instances and files name it."""
+    return "master" if number == MASTER else str(number)
+
+
+def path_of(directory: Path, service: str, number: int) -> Path:
+    """The lock file of a slot."""
+    return directory / f"{service}.{place(number)}.lock"
+
+
 def try_lock(directory: Path, service: str, number: int) -> FileLock | None:
     """The lock of a slot, or None where a live process holds it."""
-    return _try(directory / f"{service}.{number}.lock")
+    return _try(path_of(directory, service, number))
 
 
-def try_caretaker(directory: Path, service: str) -> FileLock | None:
-    """The lock that makes one worker of *service* and *directory* the caretaker, or None where another is that."""
-    return _try(directory / f"{service}.caretaker")
+def try_caretaker(directory: Path, service: str) -> Slot | None:
+    """The slot that makes one worker of *service* and *directory* the caretaker, or None where another is that."""
+    lock = try_lock(directory, service, MASTER)
+    return Slot(MASTER, directory, directory_id(directory) or "", lock) if lock else None
+
+
+@contextmanager
+def alone(directory: Path, service: str) -> Iterator[None]:
+    """For as long as this lasts, which must be a moment, no other process of *service* is in here."""
+    lock = FileLock(directory / f"{service}.masters", mode=0o600, thread_local=False, fallback_to_soft=False)
+    try:
+        with lock.acquire(timeout=PATIENCE):
+            yield
+    except Timeout as error:
+        raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r}: {lock.lock_file} is held by somebody") from error
+
+
+class Remains(NamedTuple):
+    """A slot whose last process, *pid*, is gone and may have left an entry, in the agent at one of *hosts*."""
+
+    service: str
+    number: int
+    pid: int
+    hosts: tuple[str, ...]
+
+
+def remains(directory: Path) -> list[Remains]:
+    """Where to look for what dead processes left. Takes no lock: a newborn might stumble on it.
+
+    It is no proof: that is the slot's lock.
+    """
+    found = []
+    for path in sorted(directory.glob("*.*.lock")):
+        service, number, _ = path.name.split(".", 2)
+        note = _read(path)
+        if note and note.is_dead and (number.isdecimal() or number == place(MASTER)):
+            found.append(Remains(service, int(number) if number.isdecimal() else MASTER, note.pid, note.hosts))
+    return found
 
 
 def abandoned(directory: Path, service: str) -> list[int]:
-    """The slots whose last process is gone and may have left an entry. Takes no lock: a newborn might stumble on it.
-
-    This is where to look, no proof: that is the slot's lock.
-    """
-    found = []
-    for path in directory.glob(f"{service}.*.lock"):
-        number = path.name.removeprefix(f"{service}.").removesuffix(".lock")
-        if number.isdecimal() and _looks_dead(path):
-            found.append(int(number))
-    return sorted(found)
+    """The numbers of a service's slots that may have entries of the dead."""
+    return sorted(it.number for it in remains(directory) if it.service == service and it.number != MASTER)
 
 
 def forget(lock: FileLock) -> None:
@@ -121,7 +174,8 @@ def _try_patiently(directory: Path, service: str, number: int) -> FileLock | Non
     """Whoever holds the lock of a dead process' slot only sweeps up, and gives it back at once."""
     ends_at = time.monotonic() + PATIENCE
     while (lock := try_lock(directory, service, number)) is None:
-        if time.monotonic() > ends_at or not _looks_dead(directory / f"{service}.{number}.lock"):
+        note = _read(path_of(directory, service, number))
+        if time.monotonic() > ends_at or not (note and note.is_dead):
             return None
         time.sleep(0.005)
     return lock
@@ -134,17 +188,37 @@ def _note(lock: FileLock, text: str) -> None:
         os.pwrite(_descriptor(lock), text.encode(), 0)
 
 
-def _looks_dead(path: Path) -> bool:
-    """Whether the process that a lock file names is gone, as far as can be seen from here."""
+class _Note(NamedTuple):
+    """What a lock file says of the process that holds it, or held it at last."""
+
+    pid: int
+    identity: str
+    hosts: tuple[str, ...]
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the process is gone, as far as can be seen from here."""
+        return is_gone(self.pid, self.identity)
+
+
+def _read(path: Path) -> _Note | None:
     try:
-        pid, identity = path.read_text(encoding="ascii").split()
-        boot, namespace, _ = identity.split(".")
-        ours = (process_identity(os.getpid()) or "").split(".")
+        pid, identity, *hosts = path.read_text(encoding="ascii").split()
+        return _Note(int(pid), identity, tuple(hosts))
     except (OSError, ValueError):
+        return None
+
+
+def is_gone(pid: int, identity: str) -> bool:
+    """Whether the process that had *identity* is gone, as far as can be seen from here."""
+    ours = (process_identity(os.getpid()) or "").split(".")
+    try:
+        boot, namespace, _ = identity.split(".")
+    except ValueError:
         return False
     if boot != ours[0]:
         return ours != [""]
-    return namespace == ours[1] and process_identity(int(pid)) != identity
+    return namespace == ours[1] and process_identity(pid) != identity
 
 
 def directory_id(directory: Path) -> str | None:
@@ -174,8 +248,11 @@ def _boot(proc: Path) -> str:
     return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 
-def _prepare(directory: Path) -> str:
-    """Make the directory and its id where they are missing; refuse one that others could tamper with."""
+def prepare(directory: Path) -> str:
+    """Make the directory and its id where they are missing; refuse one that others could tamper with.
+
+    Raises OSError or SlotError.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
         directory.mkdir(mode=0o700)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, ClassVar, Unpack
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
@@ -19,10 +20,12 @@ from consul_prom.client import AgentClient, deregister_now
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
 from consul_prom.exposition import render
+from consul_prom.guest import Guest
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire
+from consul_prom.tally import Masters
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,11 @@ class Worker:
         return bool(self._settings and self._settings.request_metrics and not self._disabled)
 
     @property
+    def nameless(self) -> bool:
+        """Whether nothing else is wrong than that there is no service, as where the environment is all there is."""
+        return bool(self._settings and not self._settings.service)
+
+    @property
     def slot(self) -> int | None:
         return self._life.tenancy.slot.number if self._life and not self._life.failure else None
 
@@ -78,11 +86,12 @@ class Worker:
     def registered(self) -> bool:
         return bool(self._life and self._life.tenancy.registered)
 
-    def start(self, *, loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def start(self, *, loop: asyncio.AbstractEventLoop | None = None, keeps: bool = True) -> None:
         """Serve and register this process; a second call does nothing. Waits for the metrics thread, for nothing else.
 
         Where another Worker of this process serves the registry already, this one shares its slot, port and entry.
-        *loop* is the application's, whose lag is measured. What fails is one ERROR line and the application goes on.
+        *loop* is the application's, whose lag is measured. *keeps*: whether the entry stays for its sake when all
+        others leave. What fails is one ERROR line and the application goes on.
 
         Raises:
             ConsulPromError: only where REQUIRED: it could not start, or was not registered within START_TIMEOUT.
@@ -97,6 +106,9 @@ class Worker:
             with _Life.sharing:
                 self._life = _Life.shared(self._settings, self._registry)
                 self._life.start(loop)
+                if not keeps:
+                    self._left = True
+                    self._life.leavers += 1
             if self._required:
                 self._await_registration(self._life, self._settings.start_timeout)
         except ConsulPromError as error:
@@ -171,6 +183,7 @@ class _Life:
         self._address = ""
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
+        self._caring: asyncio.Task[None] | None = None
         self._client: AgentClient | None = None
         self._endpoint: Endpoint | None = None
         self._ends_at: float | None = None
@@ -181,9 +194,7 @@ class _Life:
         except ValueError as error:
             slot.release()
             raise EndpointError(f"the application has metrics of our names: {error}") from error
-        self.tenancy = Tenancy(
-            settings, slot, on_registration=self._metrics.registered, on_failure=self._metrics.failed
-        )
+        self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
 
     @classmethod
@@ -264,14 +275,12 @@ class _Life:
                 self._client = AgentClient(self.settings)
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
-            self._endpoint = Endpoint(render=self._render, about=self._about, on_scrape=self._metrics.scraped)
+            render = partial(_render, self._registry)
+            self._endpoint = Endpoint(render=render, about=self._about, on_scrape=self._metrics.scraped)
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
-            caretaker = asyncio.ensure_future(self._take_care(self._client))
-            try:
-                await self.tenancy.run(self._client, self._describe)
-            finally:
-                caretaker.cancel()
+            self._caring = asyncio.create_task(self._take_care(self._client))
+            await self.tenancy.run(self._client, self._describe)
         except ConsulPromError as error:
             log.error("consul-prom is off: %s", error)
             await self._fail(error)
@@ -281,15 +290,41 @@ class _Life:
 
     async def _take_care(self, client: AgentClient) -> None:
         settings = self.settings
+        masters = Masters(settings.dir, settings.service)
+
+        async def receive(slot: Slot) -> Guest:
+            return await self._receive(client, slot, masters.registry())
+
+        caretaker = Caretaker(
+            client,
+            directory=settings.dir,
+            service=settings.service,
+            host=settings.host,
+            masters=masters.living,
+            receive=receive,
+            patience=0.8 * settings.stop_timeout,
+        )
         try:
-            await Caretaker(client, directory=settings.dir, service=settings.service, host=settings.host).run()
+            await caretaker.run()
         except Exception:
             log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
+
+    async def _receive(self, client: AgentClient, slot: Slot, registry: CollectorRegistry) -> Guest:
+        """A guest in *slot*, on a socket of its own."""
+        listener = listen(self.settings.bind or self._address, self.settings.port.candidates(slot.number))
+        wanted = self._registration(slot, listener)
+        guest = Guest(client, wanted, listener, render=partial(_render, registry), intact=lambda: slot.intact)
+        await guest.start()
+        return guest
 
     async def leave(self, timeout: float) -> None:
         if self._task:
             self._task.cancel()
-        await self.tenancy.leave(timeout)
+        leaving = [self.tenancy.leave(timeout)]
+        if self._caring:
+            self._caring.cancel()
+            leaving.append(_end_of(self._caring, timeout))
+        await asyncio.gather(*leaving)
 
     def leave_now(self, timeout: float) -> None:
         """The same from outside of the metrics thread, which does not answer."""
@@ -316,8 +351,9 @@ class _Life:
         self.tenancy.slot.release()
 
     async def _fail(self, error: ConsulPromError) -> None:
+        self._task = None  # which this is
         try:
-            await self.tenancy.leave(self.settings.stop_timeout)
+            await self.leave(self.settings.stop_timeout)
         finally:
             await self.close()
             self.dispose()
@@ -326,11 +362,16 @@ class _Life:
     def _describe(self, slot: Slot) -> Registration:
         assert self._listener  # noqa: S101  # `run` has it
         self._metrics.tell(host=self.settings.host, slot=slot.number)
-        port = self._listener.getsockname()[1]
+        return self._registration(slot, self._listener)
+
+    def _registration(self, slot: Slot, listener: socket.socket) -> Registration:
+        port = listener.getsockname()[1]
         return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
 
-    def _render(self, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
-        return render(self._registry, accept=accept, accept_encoding=accept_encoding, names=names)
+    def _registered(self, reason: str) -> None:
+        self._metrics.registered(reason)
+        if self._client:
+            self.tenancy.slot.occupy(self._client.resolved)
 
     def _about(self) -> dict[str, str]:
         return {
@@ -339,6 +380,16 @@ class _Life:
             "pid": str(self._pid),
             "registered": "yes" if self.tenancy.registered else f"no: {self.tenancy.trouble}",
         }
+
+
+async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
+    await asyncio.wait({task}, timeout=timeout)
+
+
+def _render(
+    registry: CollectorRegistry, accept: str, accept_encoding: str, names: list[str]
+) -> tuple[Mapping[str, str], bytes]:
+    return render(registry, accept=accept, accept_encoding=accept_encoding, names=names)
 
 
 class _OwnMetrics:

@@ -33,7 +33,7 @@ def test_chaos(seed: int, seconds: float) -> None:
             sockets = [link for link in _links(pid) if link.startswith("socket:")]
             assert len(sockets) < 20, sockets
         slots = sorted(path.name for path in (chaos.shop.directory / "slots").iterdir())
-        assert set(slots) <= {"id", "shop.caretaker", *(f"shop.{slot}.lock" for slot in range(2 * WORKERS + 4))}
+        assert set(slots) <= {"id", "shop.master.lock", *(f"shop.{slot}.lock" for slot in range(2 * WORKERS + 4))}
         log = chaos.shop.log.read_text()
         workers = set(chaos.shop.workers())
         chaos.shop.stop(within=30)

@@ -1,0 +1,74 @@
+"""A page that is not this process' own, as a target of its own: own ID and instance, socket, and registrar."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from consul_prom.endpoint import Endpoint
+from consul_prom.errors import AgentError
+from consul_prom.registrar import AgentAPI, Registrar
+from consul_prom.registration import Registration
+
+log = logging.getLogger(__name__)
+
+Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], bytes]]
+MOMENT: Final = 0.05
+
+
+class Guest:
+    """Lives in the metrics thread from `start` to `give_up` or `retire`, one of which must come.
+
+    *intact* tells whether what gives us the right to the ID is still ours.
+    """
+
+    def __init__(
+        self,
+        agent: AgentAPI,
+        wanted: Registration,
+        listener: socket.socket,
+        *,
+        render: Render,
+        intact: Callable[[], bool],
+    ) -> None:
+        self._wanted = wanted
+        self._listener = listener
+        # An idle connection of the agent's 200 is the workers' own; a guest polls.
+        self._registrar = Registrar(agent, wanted, watch=False, intact=intact)
+        self._endpoint = Endpoint(render=render, about=self._about, on_scrape=lambda _seconds: None)
+        self._registering: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        await self._endpoint.serve(self._listener)
+        self._registering = asyncio.create_task(self._registrar.run())
+
+    async def give_up(self) -> None:
+        """At once: the ID is another process' from now on, and the entry is left to it."""
+        if self._registering:
+            self._registering.cancel()
+            await asyncio.gather(self._registering, return_exceptions=True)
+        await self._endpoint.aclose(grace=MOMENT)
+        self._listener.close()
+
+    async def retire(self, timeout: float) -> bool:
+        """The same, and the entry is removed before; False where that took longer than *timeout* seconds."""
+        if self._registering:
+            self._registering.cancel()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._registrar.deregister()
+        except (TimeoutError, AgentError) as error:
+            log.warning("%s may still be registered: %s", self._wanted.id, str(error) or "the agent did not answer")
+            return False
+        finally:
+            await self.give_up()
+        return True
+
+    def _about(self) -> dict[str, str]:
+        return {
+            "service": self._wanted.meta["service"],
+            "instance": self._wanted.instance,
+            "pid": self._wanted.meta["pid"],
+            "registered": "yes" if self._registrar.registered else f"no: {self._registrar.trouble}",
+        }

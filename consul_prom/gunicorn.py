@@ -1,0 +1,148 @@
+"""Gunicorn's hooks: ``gunicorn -c python:consul_prom.gunicorn app:app`` serves every worker, whatever its class.
+
+``./gunicorn.conf.py``, which Gunicorn leaves out for that, is read too. The other way round, the last line of a
+gunicorn.conf.py may be ``consul_prom.gunicorn.install(globals())``. Settings come from the environment. Where the
+application is set up in code as well, the two are one worker.
+"""
+
+import importlib.util
+import logging
+import os
+import pkgutil
+import sys
+from collections.abc import Callable, MutableMapping
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+from weakref import WeakKeyDictionary
+
+from prometheus_client import REGISTRY
+
+from consul_prom.client import preload
+from consul_prom.master import Master
+from consul_prom.slots import process_identity
+from consul_prom.tally import LOG, LogLines
+from consul_prom.worker import Worker
+
+if TYPE_CHECKING:
+    from gunicorn.arbiter import Arbiter
+    from gunicorn.workers.base import Worker as GunicornWorker
+
+log = logging.getLogger(__name__)
+
+CONFIG: Final = "gunicorn.conf.py"
+
+
+class _Ours:
+    """What belongs to a master, and to a worker of Gunicorn's."""
+
+    masters: ClassVar[WeakKeyDictionary["Arbiter", Master]] = WeakKeyDictionary()
+    workers: ClassVar[WeakKeyDictionary["GunicornWorker", Worker]] = WeakKeyDictionary()
+
+
+def on_starting(server: "Arbiter") -> None:
+    """In the master, before any worker: what all of them would import is imported once."""
+    preload()
+    _Ours.masters[server] = Master(uid=server.cfg.uid, gid=server.cfg.gid)
+
+
+def nworkers_changed(server: "Arbiter", new_value: int, _old_value: int | None) -> None:
+    if master := _Ours.masters.get(server):
+        master.workers(wanted=new_value, alive=len(server.WORKERS))
+
+
+def pre_fork(server: "Arbiter", _worker: "GunicornWorker") -> None:
+    if master := _Ours.masters.get(server):
+        master.workers(wanted=server.num_workers, alive=len(server.WORKERS) + 1)
+
+
+def post_worker_init(worker: "GunicornWorker") -> None:
+    """In the worker, once its application is loaded.
+
+    Raises:
+        ConsulPromError: only where REQUIRED; Gunicorn then takes the worker's start for failed.
+    """
+    ours = _Ours.workers[worker] = Worker()
+    if ours.nameless:
+        return  # the application may name itself; the master has said it
+    ours.start(keeps=False)
+    if ours.slot is not None:
+        try:
+            logging.getLogger(LOG).addFilter(LogLines(REGISTRY))
+        except ValueError as error:
+            log.warning("the lines of Gunicorn's log are not counted: %s", error)
+
+
+def worker_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
+    """In the worker, at its end; in the master too, for a worker that is found to be gone."""
+    if worker.pid != os.getpid():
+        child_exit(server, worker)
+    elif ours := _Ours.workers.pop(worker, None):
+        ours.stop()
+
+
+def child_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
+    """In the master, after any end of a worker."""
+    if master := _Ours.masters.get(server):
+        alive, wanted = len(server.WORKERS), server.num_workers
+        short = bool(server.cfg.max_requests and server.LISTENERS) and alive < wanted
+        master.workers(wanted=wanted, alive=alive)
+        master.bury(worker.pid, timeout=worker.aborted, left=short)
+
+
+def on_exit(server: "Arbiter") -> None:
+    """In the master, after all workers were stopped; what had to be killed is not waited for by Gunicorn."""
+    if master := _Ours.masters.pop(server, None):
+        master.stop(dying=lambda: any(map(process_identity, server.WORKERS)))
+
+
+_OURS: Final = (on_starting, nworkers_changed, pre_fork, post_worker_init, worker_exit, child_exit, on_exit)
+_LAST: Final = {post_worker_init}
+"""What the user's hook goes before: it may set the environment. Otherwise ours has been done when theirs begins."""
+
+
+def install(namespace: MutableMapping[str, Any]) -> None:
+    """Put the hooks into a configuration, *namespace*, together with those that are there already."""
+    for ours in _OURS:
+        namespace[ours.__name__] = _chained(ours, namespace.get(ours.__name__))
+
+
+def _chained(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
+    if theirs is None:
+        return ours
+    if getattr(theirs, "__wrapped__", theirs) in _OURS:
+        return theirs  # type: ignore[no-any-return]
+    hook: Callable[..., None] = pkgutil.resolve_name(theirs) if isinstance(theirs, str) else theirs
+
+    @wraps(ours)
+    def both(*arguments: Any) -> None:
+        first, second = (hook, ours) if ours in _LAST else (ours, hook)
+        first(*arguments)
+        second(*arguments)
+
+    return both
+
+
+def _configuration(path: Path) -> dict[str, Any]:
+    """What a configuration file sets, read as Gunicorn reads it."""
+    spec = importlib.util.spec_from_file_location("__config__", path)
+    assert spec  # noqa: S101  # it ends in .py
+    assert spec.loader  # noqa: S101
+    module = sys.modules["__config__"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return vars(module)
+
+
+class _Config(ModuleType):
+    """This module, of which Gunicorn asks ``vars`` at its start and at each reload."""
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        path = Path.cwd() / CONFIG
+        names = dict(_configuration(path)) if path.exists() else {}
+        install(names)
+        return names
+
+
+sys.modules[__name__].__class__ = _Config

@@ -1,0 +1,88 @@
+"""What runs in Gunicorn's master: it tallies what only the master knows, and buries the dead.
+
+No thread, no socket that stays, no lock that stays: workers are forked from it. Nothing here raises.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from consul_prom.errors import ConsulPromError
+from consul_prom.settings import load
+from consul_prom.tally import LOG, Tally
+from consul_prom.undertaker import Undertaker
+
+log = logging.getLogger(__name__)
+
+
+class Master:
+    """One master process. *uid* and *gid* are its workers': what it does to their files, it does as they."""
+
+    def __init__(self, *, uid: int, gid: int) -> None:
+        self._uid = uid
+        self._gid = gid
+        self._tally: Tally | None = None
+        self._undertaker: Undertaker | None = None
+        with self._unharmed():
+            settings = load({}, uid=lambda: uid)
+            if settings.disabled:
+                return
+            self._undertaker = Undertaker(settings)
+            if settings.service:
+                self._tally = Tally(settings.dir, settings.service, writing=self._as_worker)
+                logging.getLogger(LOG).addFilter(self._tally)
+            else:
+                log.warning(
+                    "CONSUL_PROM_SERVICE is not set: only workers whose application calls consul_prom.setup are served"
+                )
+
+    def workers(self, *, wanted: int, alive: int) -> None:
+        if self._tally:
+            with self._unharmed():
+                self._tally.workers(wanted=wanted, alive=alive)
+
+    def bury(self, pid: int, *, timeout: bool, left: bool) -> None:
+        """A worker is gone: for its *timeout*, or it *left* of itself, or else."""
+        with self._unharmed():
+            if self._tally:
+                self._tally.exited(pid, timeout=timeout, left=left)
+            if self._undertaker:
+                with self._as_worker():
+                    self._undertaker.bury(pid)
+
+    def stop(self, *, dying: Callable[[], bool]) -> None:
+        """The end; *dying*: whether workers that were killed are still there."""
+        with self._unharmed():
+            if self._tally:
+                logging.getLogger(LOG).removeFilter(self._tally)
+                self._tally.close()
+            if self._undertaker:
+                with self._as_worker():
+                    self._undertaker.bury_all(dying=dying)
+
+    @contextmanager
+    def _unharmed(self) -> Iterator[None]:
+        try:
+            yield
+        except (ConsulPromError, OSError) as error:
+            log.error("consul-prom is off in Gunicorn's master: %s", error)
+        except Exception:
+            log.exception("consul-prom did not expect this in Gunicorn's master")
+
+    @contextmanager
+    def _as_worker(self) -> Iterator[None]:
+        """Root would make files that its workers cannot open, and could be led astray in a directory of theirs."""
+        if os.geteuid() == self._uid:
+            yield
+            return
+        user, group = os.geteuid(), os.getegid()
+        os.setegid(self._gid)
+        try:
+            os.seteuid(self._uid)
+            try:
+                yield
+            finally:
+                os.seteuid(user)
+        finally:
+            os.setegid(group)

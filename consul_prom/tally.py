@@ -1,0 +1,183 @@
+"""What only Gunicorn's masters know: each tallies it into a file of its own, from which the caretaker makes one page.
+
+A master has no thread, no socket and no lock of ours: workers are forked from it. Of a file there is always the whole
+one, written aside and renamed. Several masters of a service, as during an upgrade, have a number each.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections import Counter as Counts
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Final
+
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from consul_prom import slots
+
+LEVELS: Final = ("debug", "info", "warning", "error", "critical")
+LOG: Final = "gunicorn.error"
+BOOT_FAILURES: Final = {3, 4}
+"""Exit codes: the worker, or its application, could not be loaded. Gunicorn then halts, and tells no hook."""
+_EXITS: Final = (
+    *((reason, "") for reason in ("stop", "max_requests", "timeout", "error", "boot")),
+    ("signal", "SIGKILL"),
+)
+_LINES: Final = ("gunicorn_log_lines", "Lines of Gunicorn's error log, of the level and above that it is set to.")
+
+
+class Tally(logging.Filter):
+    """One master's counts. As a filter of Gunicorn's log it sees all records there, and lets them pass."""
+
+    def __init__(
+        self,
+        directory: Path,
+        service: str,
+        *,
+        writing: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """*writing* is the context to write in: a master may be root, and its workers somebody else.
+
+        Raises OSError or SlotError where the directory of the slots cannot be used.
+        """
+        super().__init__()
+        self._pid = os.getpid()
+        self._writing = writing
+        self._endings: dict[int, str] = {}
+        # From 0 on: the first of something rare shall be an increase.
+        self._exits = Counts({key: 0 for key in _EXITS})
+        self._lines = Counts(dict.fromkeys(LEVELS, 0))
+        self._wanted = self._alive = 0
+        with writing():
+            slots.prepare(directory)
+            with slots.alone(directory, service):
+                self._path = _free_number(directory, service)
+                self._write()
+
+    def workers(self, *, wanted: int, alive: int) -> None:
+        self._wanted, self._alive = wanted, alive
+        self._write()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if os.getpid() == self._pid:
+            self._lines[_level(record)] += 1
+            self._note_ending(record)
+            if threading.current_thread() is threading.main_thread():  # others' lines wait for its next
+                self._write()
+        return True
+
+    def exited(self, pid: int | str, *, timeout: bool, left: bool) -> None:
+        """A worker is gone; *left*: of itself, for nobody told it to, as after max_requests."""
+        signal = self._endings.pop(int(pid), "")
+        reason = "timeout" if timeout else "signal" if signal.startswith("SIG") else signal
+        self._exits[reason or ("max_requests" if left else "stop"), signal if signal.startswith("SIG") else ""] += 1
+        self._write()
+
+    def close(self) -> None:
+        """There is no such master any more."""
+        with self._writing(), suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _note_ending(self, record: logging.LogRecord) -> None:
+        """No hook is told how a worker ended; Gunicorn's log is, right before ``child_exit``."""
+        match str(record.msg).partition("%s) ")[2].split(" "), record.args:
+            case ["was", "sent", *_], (int(pid), str(signal)):
+                self._endings[pid] = signal
+            case ["exited", "with", "code", *_], (int(), int(code)) if code in BOOT_FAILURES:
+                self._exits["boot", ""] += 1
+            case ["exited", "with", "code", *_], (int(pid), int()):
+                self._endings[pid] = "error"
+
+    def _write(self) -> None:
+        """A full disk keeps nobody from serving: then the page is an old one."""
+        tally = {
+            "pid": self._pid,
+            "proc": slots.process_identity(self._pid),
+            "wanted": self._wanted,
+            "alive": self._alive,
+            "exits": [[*key, number] for key, number in self._exits.items()],
+            "lines": self._lines,
+        }
+        aside = self._path.with_name(f"{self._path.name}.new")
+        with self._writing(), suppress(OSError):
+            try:
+                with aside.open("x", encoding="ascii") as file:
+                    json.dump(tally, file)
+                aside.rename(self._path)
+            finally:
+                aside.unlink(missing_ok=True)
+
+
+class Masters:
+    """The live masters of a service and directory, as a collector for their page."""
+
+    def __init__(self, directory: Path, service: str) -> None:
+        self._directory = directory
+        self._service = service
+
+    def living(self) -> dict[str, Mapping[str, Any]]:
+        """The tallies by the masters' numbers. Files of the dead stay: the next master takes them."""
+        prefix = f"{self._service}.master."
+        paths = {path.name.removeprefix(prefix): path for path in self._directory.glob(f"{prefix}*")}
+        found = {number: _tally(path) for number, path in sorted(paths.items()) if number.isdecimal()}
+        return {number: tally for number, tally in found.items() if tally}
+
+    def collect(self) -> Iterator[Metric]:
+        wanted = GaugeMetricFamily("gunicorn_workers_wanted", "Workers that the master shall have.", labels=["master"])
+        alive = GaugeMetricFamily("gunicorn_workers", "Workers that the master has.", labels=["master"])
+        exits = CounterMetricFamily(
+            "gunicorn_worker_exits",
+            "Workers that ended, by reason: signal, timeout, max_requests, boot, error (an exit code), stop (as told).",
+            labels=["master", "reason", "signal"],
+        )
+        lines = CounterMetricFamily(*_LINES, labels=["master", "level"])
+        for number, tally in self.living().items():
+            wanted.add_metric([number], tally["wanted"])
+            alive.add_metric([number], tally["alive"])
+            for reason, signal, count in tally["exits"]:
+                exits.add_metric([number, reason, signal], count)
+            for level, count in tally["lines"].items():
+                lines.add_metric([number, level], count)
+        yield from (wanted, alive, exits, lines)
+
+    def registry(self) -> CollectorRegistry:
+        registry = CollectorRegistry()
+        registry.register(self)
+        return registry
+
+
+class LogLines(logging.Filter):
+    """A worker's own lines of Gunicorn's log, in the registry that it serves."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Raises ValueError where the application has a metric of that name."""
+        super().__init__()
+        lines = Counter(*_LINES, ["level"], registry=registry)
+        self._of_level = {level: lines.labels(level) for level in LEVELS}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        self._of_level[_level(record)].inc()
+        return True
+
+
+def _level(record: logging.LogRecord) -> str:
+    return LEVELS[max(0, min(record.levelno // 10, len(LEVELS)) - 1)]
+
+
+def _free_number(directory: Path, service: str) -> Path:
+    """The file of the smallest number that no live master has."""
+    paths = (directory / f"{service}.master.{number}" for number in range(slots.MOST_SLOTS))
+    return next(path for path in paths if _tally(path) is None)
+
+
+def _tally(path: Path) -> Mapping[str, Any] | None:
+    """What a live master wrote, or None."""
+    try:
+        tally: Mapping[str, Any] = json.loads(path.read_text(encoding="ascii"))
+        return None if slots.is_gone(tally["pid"], tally["proc"]) else tally
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

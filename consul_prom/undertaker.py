@@ -1,0 +1,107 @@
+"""Removes in Gunicorn's master what dead workers left: by the lock's proof, synchronously, and within a budget.
+
+A master that waits serves nobody: it spends half a second in each second at most, looks no name up, and lets an agent
+that did not answer be for half a minute. What it leaves, the caretaker or the slot's next worker removes.
+"""
+
+import ipaddress
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from consul_prom import slots
+from consul_prom.client import deregister_now, service_now
+from consul_prom.errors import AgentError, AgentTimeout
+from consul_prom.registration import entry_id, is_ours
+from consul_prom.settings import Settings
+
+log = logging.getLogger(__name__)
+
+BUDGET: Final = 0.5
+"""Seconds in each second."""
+OFF: Final = 30.0
+LEAST: Final = 0.05
+RETRY: Final = 0.01
+
+
+class Undertaker:
+    """What a master does for its dead workers. Nothing that it does raises an AgentError."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._sleep = sleep
+        self._spent: deque[tuple[float, float]] = deque()
+        self._off_until = -math.inf
+
+    def bury(self, pid: int | str) -> None:
+        """Remove the entries of the one dead worker."""
+        self._bury([it for it in slots.remains(self._settings.dir) if it.pid == pid])
+
+    def bury_all(self, *, dying: Callable[[], bool] = lambda: False) -> None:
+        """Remove those of all dead workers of the directory; *dying*: some are being killed and may still be there."""
+        begun = self._clock()
+        while dying() and self._clock() - begun < BUDGET / 2:
+            self._sleep(RETRY)
+        self._spent.append((self._clock(), self._clock() - begun))
+        self._bury(slots.remains(self._settings.dir))
+
+    def _bury(self, dead: list[slots.Remains]) -> None:
+        for remains in dead:
+            lock = None
+            with suppress(OSError):
+                lock = slots.try_lock(self._settings.dir, remains.service, remains.number)
+            if lock:
+                try:
+                    if self._deregister(remains):
+                        slots.forget(lock)
+                finally:
+                    lock.release(force=True)
+
+    def _deregister(self, remains: slots.Remains) -> bool:
+        """Whether nothing is left to do."""
+        begun, dead = self._clock(), entry_id(remains.service, self._settings.host, remains.number)
+        hosts = remains.hosts or self._literal()
+        if begun < self._off_until or not hosts or self._left() < LEAST:
+            return False
+        try:
+            entry = service_now(self._settings, dead, timeout=self._left(), hosts=hosts)
+            meta = (entry or {}).get("Meta") or {}
+            here = f"{slots.directory_id(self._settings.dir)}:{self._settings.dir}"
+            if entry and is_ours(entry) and meta.get("dir") == here:
+                left = max(self._left() - (self._clock() - begun), LEAST)
+                deregister_now(self._settings, dead, timeout=left, hosts=hosts)
+                log.info("removed %s: its worker is dead, since the lock of its slot is free", dead)
+        except AgentError as error:
+            if isinstance(error, AgentTimeout):
+                self._off_until = self._clock() + OFF
+            log.warning("%s of a dead worker is left to its siblings: %s", dead, error)
+            return False
+        finally:
+            self._spent.append((self._clock(), self._clock() - begun))
+        return True
+
+    def _left(self) -> float:
+        """Seconds that may be spent now."""
+        while self._spent and self._spent[0][0] < self._clock() - 1:
+            self._spent.popleft()
+        return BUDGET - sum(seconds for _, seconds in self._spent)
+
+    def _literal(self) -> tuple[str, ...]:
+        """The agent's addresses where no name server is needed to tell them."""
+        target = self._settings.consul_http_addr
+        if target.host == "localhost":
+            return ("127.0.0.1", "::1")
+        with suppress(ValueError):
+            return (str(ipaddress.ip_address(target.host)),)
+        return (target.host,) if target.socket else ()
