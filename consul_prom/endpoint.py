@@ -11,11 +11,13 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -37,7 +39,7 @@ class MetricsThread:
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._ended: Future[None] = Future()
         _THREADS.add(self)
 
     def start(self) -> None:
@@ -47,9 +49,8 @@ class MetricsThread:
             EndpointError: the system gave no thread or no descriptors.
         """
         started: Future[asyncio.AbstractEventLoop] = Future()
-        self._thread = threading.Thread(target=_run_loop, args=(started,), name="consul-prom", daemon=True)
         try:
-            self._thread.start()
+            _start_thread(partial(_run_loop, started, self._ended))
             self._loop = started.result(timeout=START_DEADLINE)
         except (RuntimeError, OSError, TimeoutError) as error:
             raise EndpointError(f"the metrics thread cannot start: {str(error) or type(error).__name__}") from error
@@ -73,12 +74,11 @@ class MetricsThread:
 
     def stop(self, timeout: float) -> bool:
         """Cancel all that runs, end the thread; False where that took longer than *timeout* seconds."""
-        if self._loop is None or self._thread is None:
+        if self._loop is None:
             return True
         with suppress(RuntimeError):  # closed already
             self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        return self._ended in wait([self._ended], timeout).done
 
 
 # A thread does not follow into a child that the application forks, but its descriptors and the locks that it held do.
@@ -115,7 +115,22 @@ def _log_surprise(future: Future[Any]) -> None:
         log.error("consul-prom did not expect this", exc_info=error)
 
 
-def _run_loop(started: "Future[asyncio.AbstractEventLoop]") -> None:
+def _start_thread(run: Callable[[], None]) -> None:
+    """A daemon thread, and a true one: gevent makes threads greenlets, which stand still when the application does.
+
+    In a process of gevent's, its hub and its resolver must be there before: made by two threads, they wait for each
+    other.
+    """
+    monkey: Any = sys.modules.get("gevent.monkey")
+    if monkey and monkey.is_module_patched("threading"):
+        hub = sys.modules["gevent"].get_hub()
+        _ = hub.resolver, hub.threadpool
+        monkey.get_original("_thread", "start_new_thread")(run, ())
+    else:
+        threading.Thread(target=run, name="consul-prom", daemon=True).start()
+
+
+def _run_loop(started: "Future[asyncio.AbstractEventLoop]", ended: "Future[None]") -> None:
     try:
         # Signals are the main thread's: one that is delivered here would not wake it from a system call.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -130,6 +145,7 @@ def _run_loop(started: "Future[asyncio.AbstractEventLoop]") -> None:
         loop.run_until_complete(_end(asyncio.all_tasks(loop)))
     finally:
         loop.close()
+        ended.set_result(None)
 
 
 async def _end(tasks: set[asyncio.Task[Any]]) -> None:

@@ -49,7 +49,7 @@ class Tally(logging.Filter):
         self._writing = writing
         self._endings: dict[int, str] = {}
         # From 0 on: the first of something rare shall be an increase.
-        self._exits = Counts({key: 0 for key in _EXITS})
+        self._exits = Counts(dict.fromkeys(_EXITS, 0))
         self._lines = Counts(dict.fromkeys(LEVELS, 0))
         self._wanted = self._alive = 0
         with writing():

@@ -141,10 +141,6 @@ def test_libraries_have_owners(file: Path) -> None:
         if library in OWNERS_OF_INTERNALS:
             public = found.module in {library, f"{library}.core"} and not find_spec(f"{library}.{found.name}")
             inside = found.name.startswith("_") or not public
-                found.module not in {library, f"{library}.core"}
-                or found.name.startswith("_")
-                or find_spec(f"{library}.{found.name}")
-            )
             assert not inside or mine in OWNERS_OF_INTERNALS[library], where
 
 
