@@ -6,20 +6,13 @@ when the first client is made, in the metrics thread. https://developer.hashicor
 """
 
 import asyncio
-import base64
 import errno
-import http.client
 import importlib
-import io
 import json
-import os
 import socket
-import ssl
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, closing
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -30,26 +23,28 @@ from yarl import URL
 from consul_prom.errors import (
     AgentBusy,
     AgentConfused,
-    AgentDenied,
-    AgentError,
     AgentFailed,
     AgentNotFound,
-    AgentRejected,
     AgentTimeout,
     AgentUnreachable,
-    TokenUnreadable,
 )
 from consul_prom.settings import Settings
+from consul_prom.wire import (
+    LARGEST_ENTRY,
+    expect,
+    raise_for_status,
+    request_headers,
+    scope,
+    service_document,
+    text_of,
+    tls_context,
+    who,
+)
 
 CALL_TIMEOUT: Final = 5.0
 LARGEST_ANSWER: Final = 32 * 2**20
 IDLE: Final = 0.1
 """Seconds that a connection is kept for the next call of the same turn; all of a host share the agent's 200."""
-LARGEST_ENTRY: Final = 2**20
-_PLAIN: Final = frozenset(
-    {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT, errno.EACCES, errno.EHOSTUNREACH}
-    | {errno.ENETUNREACH, errno.ETIMEDOUT}
-)
 _REGISTER: Final = "/v1/agent/service/register"
 
 
@@ -106,7 +101,7 @@ class AgentClient:
             document = await self._transport.get(self._json(), path, params, headers, patience=wait * 17 / 16)
         except AgentNotFound:
             return None
-        if _service(document).get("ID") != entry_id:
+        if service_document(document).get("ID") != entry_id:
             raise AgentConfused(f"the agent sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
         return Entry(document, str(document.get("ContentHash", "")))
 
@@ -114,13 +109,13 @@ class AgentClient:
         """The entries that *expression* selects, by ID. Without a right on them they are missing, without a word."""
         params = {"filter": expression}
         found = await self._transport.get(self._json(), "/v1/agent/services", params, most=LARGEST_ANSWER)
-        return {key: _service(document) for key, document in _expect(found, dict).items()}
+        return {key: service_document(document) for key, document in expect(found, dict).items()}
 
     async def checks(self, entry_id: str) -> list[dict[str, Any]]:
         """The checks of one entry, with their status."""
         params = {"filter": f'ServiceID == "{entry_id}"'}
         found = await self._transport.get(self._json(), "/v1/agent/checks", params)
-        return [_expect(check, dict) for check in _expect(found, dict).values()]
+        return [expect(check, dict) for check in expect(found, dict).values()]
 
     async def catalogued(self, name: str, entry_id: str, node: str) -> bool:
         """Whether the catalogue, which is what Prometheus reads, has the entry; without ``node:read``, may have it."""
@@ -140,11 +135,11 @@ class AgentClient:
     @property
     def credentials(self) -> int:
         """Equal for as long as the token is the same; it says nothing of the token."""
-        return hash(_headers(self._transport.settings).get("X-Consul-Token", ""))
+        return hash(request_headers(self._transport.settings).get("X-Consul-Token", ""))
 
     async def self_(self) -> dict[str, Any]:
         """The agent's configuration and member record."""
-        return _expect(await self._agent.self(), dict)
+        return expect(await self._agent.self(), dict)
 
     @property
     def resolved(self) -> tuple[str, ...]:
@@ -153,84 +148,6 @@ class AgentClient:
 
     async def aclose(self) -> None:
         await self._transport.aclose()
-
-
-def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()) -> bool:
-    """`AgentClient.deregister` for the last moments of a process: no event loop, no thread, no name lookup.
-
-    *hosts* are the agent's resolved addresses; False where there was no such entry. Takes *timeout* seconds at most.
-    """
-    path = f"/v1/agent/service/deregister/{quote(entry_id, safe='')}"
-    return _ask_now(settings, "PUT", path, timeout=timeout, hosts=hosts) is not None
-
-
-def service_now(
-    settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()
-) -> dict[str, Any] | None:
-    """`AgentClient.service` in the same way: the entry, or None."""
-    body = _ask_now(settings, "GET", f"/v1/agent/service/{quote(entry_id, safe='')}", timeout=timeout, hosts=hosts)
-    try:
-        return None if body is None else _service(json.loads(body))
-    except (ValueError, RecursionError):
-        raise AgentConfused(f"{_who(settings)} sent no JSON: {body!r:.100}") from None
-
-
-def _ask_now(settings: Settings, method: str, path: str, *, timeout: float, hosts: Sequence[str]) -> bytes | None:
-    """The answer's body, or None where there is no such entry."""
-    target, ends_at = settings.consul_http_addr, time.monotonic() + timeout
-    url = f"{target.prefix}{path}?{urlencode(_scope(settings))}"
-    for host in hosts or (target.host,):
-        try:
-            with closing(_connection(settings, host, _left(ends_at))) as connection:
-                connection.request(method, url, headers={**_headers(settings), "Connection": "close"})
-                status, body = _read_now(connection, method, ends_at)
-            _raise_for_status(settings, status, body[:500].decode(errors="replace"))
-        except AgentNotFound:
-            return None
-        except ConnectionRefusedError as error:
-            refused = error  # a name often has an address that the agent does not listen on
-        except TimeoutError:
-            raise AgentTimeout(f"{_who(settings)} did not answer within {timeout:.2g} s") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise AgentUnreachable(f"{_who(settings)}: {_text(error)}") from error
-        else:
-            return body
-    raise AgentUnreachable(f"{_who(settings)}: {_text(refused)}")
-
-
-def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: float) -> tuple[int, bytes]:
-    """To the end of the stream: a time-out of the socket's is for each read, and an agent may send byte by byte."""
-    stream: Any = connection.sock
-    received = bytearray()
-    while True:
-        stream.settimeout(_left(ends_at))
-        chunk = stream.recv(2**16)
-        received += chunk
-        if len(received) > LARGEST_ENTRY:
-            raise AgentConfused(f"{connection.host} answered with more than {LARGEST_ENTRY >> 20} MiB")
-        if not chunk:
-            break
-    response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]
-    response.begin()
-    return response.status, response.read()
-
-
-def _left(ends_at: float) -> float:
-    """Raises TimeoutError where there is none."""
-    left = ends_at - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-class _Received:
-    """What http.client takes for a socket."""
-
-    def __init__(self, received: bytes) -> None:
-        self._received = received
-
-    def makefile(self, _mode: str) -> io.BytesIO:
-        return io.BytesIO(self._received)
 
 
 def preload() -> None:
@@ -298,7 +215,7 @@ class _Transport:
     ) -> Any:
         from consul.base import Response
 
-        with_scope = urlencode({**(params or {}), **_scope(self.settings)})
+        with_scope = urlencode({**(params or {}), **scope(self.settings)})
         deadline = self._timeout + patience
         async with _mapped(self.settings, deadline), asyncio.timeout(deadline):
             url = URL(f"{self._base()}{path}?{with_scope}", encoded=True)
@@ -306,17 +223,17 @@ class _Transport:
                 method,
                 url,
                 data=data or None,
-                headers={**(headers or {}), **_headers(self.settings)},
+                headers={**(headers or {}), **request_headers(self.settings)},
                 allow_redirects=False,
                 server_hostname=self.settings.consul_tls_server_name,
             )
             async with response:
                 text = await _read(response, most)
-        _raise_for_status(self.settings, response.status, text)
+        raise_for_status(self.settings, response.status, text)
         try:
             return callback(Response(response.status, response.headers, text, text.encode()))
         except (ValueError, RecursionError):
-            raise AgentConfused(f"{_who(self.settings)} sent no JSON: {text[:100]!r}") from None
+            raise AgentConfused(f"{who(self.settings)} sent no JSON: {text[:100]!r}") from None
 
     def _base(self) -> str:
         target = self.settings.consul_http_addr
@@ -330,7 +247,7 @@ class _Transport:
             if target.socket:
                 connector = aiohttp.UnixConnector(target.socket, keepalive_timeout=IDLE)
             else:
-                context = _tls(self.settings) if target.scheme == "https" else True
+                context = tls_context(self.settings) if target.scheme == "https" else True
                 connector = aiohttp.TCPConnector(resolver=self.resolver, ssl=context, keepalive_timeout=IDLE)
             self._session = aiohttp.ClientSession(
                 connector=connector,
@@ -380,77 +297,6 @@ class _Resolver(AbstractResolver):
         pass
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-def _connection(settings: Settings, host: str, timeout: float) -> http.client.HTTPConnection:
-    target = settings.consul_http_addr
-    if target.socket:
-        return _UnixConnection(target.socket, timeout)
-    if target.scheme == "http":
-        return http.client.HTTPConnection(host, target.port, timeout=timeout)
-    context, connection = _tls(settings), http.client.HTTPSConnection(host, target.port, timeout=timeout)
-    plain = socket.create_connection((host, target.port), timeout)
-    name = settings.consul_tls_server_name or target.host  # the address dialled is not the name to verify
-    connection.sock = context.wrap_socket(plain, server_hostname=name)
-    return connection
-
-
-def _tls(settings: Settings) -> ssl.SSLContext:
-    """Raises AgentUnreachable that names the file, which ssl's own errors do not."""
-    name = "CONSUL_CACERT", settings.consul_cacert or settings.consul_capath
-    try:
-        context = ssl.create_default_context(cafile=settings.consul_cacert, capath=settings.consul_capath)
-        if settings.consul_client_cert:
-            name = "CONSUL_CLIENT_CERT", settings.consul_client_cert
-            context.load_cert_chain(settings.consul_client_cert, settings.consul_client_key)
-    except OSError as error:
-        raise AgentUnreachable(f"{name[0]}={name[1]!r} cannot be used: {_text(error)}") from error
-    if not settings.consul_http_ssl_verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def _headers(settings: Settings) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
-    token = settings.consul_http_token.reveal() if settings.consul_http_token else ""
-    if settings.consul_http_token_file:
-        token = _token_of(settings.consul_http_token_file)
-    if token:
-        headers["X-Consul-Token"] = token
-    if settings.consul_http_auth:
-        user, _, password = settings.consul_http_auth.reveal().partition(":")
-        headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
-    return headers
-
-
-def _token_of(path: str) -> str:
-    """Read for each call, so that a rotated token is taken up by itself."""
-    try:
-        token = Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} cannot be read: {_text(error)}") from error
-    if not token:  # being replaced, perhaps; without a token, entries would look lost
-        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} is empty")
-    if not token.isascii() or not token.isprintable():
-        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} holds characters that no HTTP header can carry")
-    return token
-
-
-def _scope(settings: Settings) -> dict[str, str]:
-    pairs = {"ns": settings.consul_namespace, "partition": settings.consul_partition}
-    return {key: value for key, value in pairs.items() if value}
-
-
 async def _read(response: aiohttp.ClientResponse, most: int) -> str:
     chunks = bytearray()
     async for chunk in response.content.iter_chunked(2**16):
@@ -466,54 +312,14 @@ async def _mapped(settings: Settings, deadline: float) -> AsyncIterator[None]:
     try:
         yield
     except TimeoutError:
-        raise AgentTimeout(f"{_who(settings)} did not answer within {round(deadline, 1):g} s") from None
+        raise AgentTimeout(f"{who(settings)} did not answer within {round(deadline, 1):g} s") from None
     except (aiohttp.ClientError, OSError) as error:
         if settings.consul_http_addr.socket and isinstance(error, OSError) and error.errno == errno.EPIPE:
             # How the 429 for one connection too many looks there: the agent does not wait for the request.
-            raise AgentBusy(f"{_who(settings)} hung up: its users share limits.http_max_conns_per_client") from error
-        raise AgentUnreachable(f"{_who(settings)}: {_text(error)}") from error
-
-
-def _raise_for_status(settings: Settings, status: int, body: str) -> None:
-    if status == 200:
-        return
-    kinds: dict[int, type[AgentError]] = {
-        400: AgentRejected,
-        401: AgentDenied,
-        403: AgentDenied,
-        404: AgentNotFound,
-        405: AgentRejected,
-        429: AgentBusy,
-    }
-    kind = kinds.get(status, AgentFailed if status >= 500 else AgentConfused)
-    if kind is AgentNotFound and "service ID" not in body:  # a proxy's, which knows nothing of the entry
-        kind = AgentConfused
-    raise kind(f"{_who(settings)} answered {status}: {' '.join(body.split())[:200]}")
+            raise AgentBusy(f"{who(settings)} hung up: its users share limits.http_max_conns_per_client") from error
+        raise AgentUnreachable(f"{who(settings)}: {text_of(error)}") from error
 
 
 def _found_or_withheld(response: Any) -> bool:
     """Whether a list has items, or would have them for a token with more rights."""
     return bool(json.loads(response.body)) or "X-Consul-Results-Filtered-By-ACLs" in response.headers
-
-
-def _service(found: Any) -> dict[str, Any]:
-    document = _expect(found, dict)
-    _expect(document.get("Meta") or {}, dict)
-    return document
-
-
-def _expect(found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
-    if not isinstance(found, kind):
-        raise AgentConfused(f"the agent sent JSON of the wrong shape: {json.dumps(found)[:100]}")
-    return found
-
-
-def _who(settings: Settings) -> str:
-    return f"the Consul agent (CONSUL_HTTP_ADDR={settings.consul_http_addr})"
-
-
-def _text(error: BaseException) -> str:
-    """Short where the system's word says it all; aiohttp wraps it in words of its own."""
-    if isinstance(error, OSError) and error.errno in _PLAIN:
-        return os.strerror(error.errno)
-    return str(error)[:300] or type(error).__name__

@@ -52,7 +52,7 @@ class Guest:
         self._listener.close()
 
     async def retire(self, timeout: float) -> bool:
-        """The same, and the entry is removed before; False where that took longer than *timeout* seconds."""
+        """The same, and the entry is removed before; False where an entry may be left after *timeout* seconds."""
         if self._registering:
             self._registering.cancel()
         try:
@@ -63,7 +63,7 @@ class Guest:
             return False
         finally:
             await self.give_up()
-        return True
+        return self._registrar.asked  # if it never asked, another's entry may be there
 
     def _about(self) -> dict[str, str]:
         return {

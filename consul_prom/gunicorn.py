@@ -5,6 +5,7 @@ gunicorn.conf.py may be ``consul_prom.gunicorn.install(globals())``. Settings co
 application is set up in code as well, the two are one worker.
 """
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -19,15 +20,15 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY
 
-from consul_prom.client import preload
 from consul_prom.master import Master
 from consul_prom.slots import process_identity
 from consul_prom.tally import LOG, LogLines
-from consul_prom.worker import Worker
 
 if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
     from gunicorn.workers.base import Worker as GunicornWorker
+
+    from consul_prom.worker import Worker
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,13 @@ class _Ours:
     """What belongs to a master, and to a worker of Gunicorn's."""
 
     masters: ClassVar[WeakKeyDictionary["Arbiter", Master]] = WeakKeyDictionary()
-    workers: ClassVar[WeakKeyDictionary["GunicornWorker", Worker]] = WeakKeyDictionary()
+    workers: ClassVar[WeakKeyDictionary["GunicornWorker", "Worker"]] = WeakKeyDictionary()
 
 
 def on_starting(server: "Arbiter") -> None:
-    """In the master, before any worker: what all of them would import is imported once."""
-    preload()
+    """In the master, before any worker: what all of them would import is imported once, unless gevent must be first."""
+    if "gevent" not in server.cfg.worker_class_str:
+        _preload()
     _Ours.masters[server] = Master(uid=server.cfg.uid, gid=server.cfg.gid)
 
 
@@ -63,6 +65,8 @@ def post_worker_init(worker: "GunicornWorker") -> None:
     Raises:
         ConsulPromError: only where REQUIRED; Gunicorn then takes the worker's start for failed.
     """
+    from consul_prom.worker import Worker
+
     ours = _Ours.workers[worker] = Worker()
     if ours.nameless:
         return  # the application may name itself; the master has said it
@@ -95,6 +99,12 @@ def on_exit(server: "Arbiter") -> None:
     """In the master, after all workers were stopped; what had to be killed is not waited for by Gunicorn."""
     if master := _Ours.masters.pop(server, None):
         master.stop(dying=lambda: any(map(process_identity, server.WORKERS)))
+
+
+def _preload() -> None:
+    """Import what a worker would."""
+    importlib.import_module("consul_prom.worker")
+    importlib.import_module("consul_prom.client").preload()
 
 
 _OURS: Final = (on_starting, nworkers_changed, pre_fork, post_worker_init, worker_exit, child_exit, on_exit)

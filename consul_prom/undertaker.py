@@ -14,10 +14,10 @@ from contextlib import suppress
 from typing import Final
 
 from consul_prom import slots
-from consul_prom.client import deregister_now, service_now
 from consul_prom.errors import AgentError, AgentTimeout
 from consul_prom.registration import entry_id, is_ours
 from consul_prom.settings import Settings
+from consul_prom.wire import deregister_now, service_now
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info,
 
 from consul_prom import __version__
 from consul_prom.caretaker import Caretaker
-from consul_prom.client import AgentClient, deregister_now
+from consul_prom.client import AgentClient
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
 from consul_prom.exposition import render
@@ -26,6 +26,7 @@ from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire
 from consul_prom.tally import Masters
+from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
 
@@ -370,7 +371,7 @@ class _Life:
 
     def _registered(self, reason: str) -> None:
         self._metrics.registered(reason)
-        if self._client:
+        if self._client and self._client.resolved:
             self.tenancy.slot.occupy(self._client.resolved)
 
     def _about(self) -> dict[str, str]:

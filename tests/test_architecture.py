@@ -21,8 +21,8 @@ PACKAGE = ROOT / "consul_prom"
 ROWS = {
     0: ["errors"],
     1: ["settings", "slots", "ledger", "webconfig", "devagent"],
-    2: ["client", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "tally"],
-    3: ["registrar", "caretaker", "undertaker"],
+    2: ["wire", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "tally"],
+    3: ["client", "registrar", "caretaker", "undertaker"],
     4: ["guest"],
     5: ["worker", "master", "discovery", "screen"],
     6: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import trustme
 
-from consul_prom.client import AgentClient, deregister_now
+from consul_prom.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import (
     AgentBusy,
@@ -27,6 +27,7 @@ from consul_prom.errors import (
     AgentUnreachable,
 )
 from consul_prom.settings import Settings, load
+from consul_prom.wire import deregister_now
 from tests.services.consul import Consul
 
 DOCUMENT: dict[str, Any] = {

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from consul_prom.client import AgentClient, deregister_now
+from consul_prom.client import AgentClient
 from consul_prom.errors import AgentError, SettingsError
 from consul_prom.settings import load
 from consul_prom.snippets import write_rule
+from consul_prom.wire import deregister_now
 from consul_prom.worker import Worker
 from tests.acl.access import Access, Make, replace
 from tests.services.gunicorn import Gunicorn

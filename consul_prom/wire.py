@@ -1,0 +1,229 @@
+"""How an agent is spoken to, by whom ever: addresses, TLS, headers, what a status means. And by those who cannot wait.
+
+The last moments of a process, and Gunicorn's master, have no event loop, no thread and no name server: `deregister_now`
+and `service_now` need none, and none of a worker's libraries.
+"""
+
+import base64
+import errno
+import http.client
+import io
+import json
+import os
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from consul_prom.errors import (
+    AgentBusy,
+    AgentConfused,
+    AgentDenied,
+    AgentError,
+    AgentFailed,
+    AgentNotFound,
+    AgentRejected,
+    AgentTimeout,
+    AgentUnreachable,
+    TokenUnreadable,
+)
+from consul_prom.settings import Settings
+
+LARGEST_ENTRY: Final = 2**20
+_PLAIN: Final = frozenset(
+    {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT, errno.EACCES, errno.EHOSTUNREACH}
+    | {errno.ENETUNREACH, errno.ETIMEDOUT}
+)
+
+
+def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()) -> bool:
+    """`AgentClient.deregister` for the last moments of a process: no event loop, no thread, no name lookup.
+
+    *hosts* are the agent's resolved addresses; False where there was no such entry. Takes *timeout* seconds at most.
+    """
+    path = f"/v1/agent/service/deregister/{quote(entry_id, safe='')}"
+    return _ask_now(settings, "PUT", path, timeout=timeout, hosts=hosts) is not None
+
+
+def service_now(
+    settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """`AgentClient.service` in the same way: the entry, or None."""
+    body = _ask_now(settings, "GET", f"/v1/agent/service/{quote(entry_id, safe='')}", timeout=timeout, hosts=hosts)
+    try:
+        return None if body is None else service_document(json.loads(body))
+    except (ValueError, RecursionError):
+        raise AgentConfused(f"{who(settings)} sent no JSON: {body!r:.100}") from None
+
+
+def _ask_now(settings: Settings, method: str, path: str, *, timeout: float, hosts: Sequence[str]) -> bytes | None:
+    """The answer's body, or None where there is no such entry."""
+    target, ends_at = settings.consul_http_addr, time.monotonic() + timeout
+    url = f"{target.prefix}{path}?{urlencode(scope(settings))}"
+    for host in hosts or (target.host,):
+        try:
+            with closing(_connection(settings, host, _left(ends_at))) as connection:
+                connection.request(method, url, headers={**request_headers(settings), "Connection": "close"})
+                status, body = _read_now(connection, method, ends_at)
+            raise_for_status(settings, status, body[:500].decode(errors="replace"))
+        except AgentNotFound:
+            return None
+        except ConnectionRefusedError as error:
+            refused = error  # a name often has an address that the agent does not listen on
+        except TimeoutError:
+            raise AgentTimeout(f"{who(settings)} did not answer within {timeout:.2g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentUnreachable(f"{who(settings)}: {text_of(error)}") from error
+        else:
+            return body
+    raise AgentUnreachable(f"{who(settings)}: {text_of(refused)}")
+
+
+def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: float) -> tuple[int, bytes]:
+    """To the end of the stream: a time-out of the socket's is for each read, and an agent may send byte by byte."""
+    stream: Any = connection.sock
+    received = bytearray()
+    while True:
+        stream.settimeout(_left(ends_at))
+        chunk = stream.recv(2**16)
+        received += chunk
+        if len(received) > LARGEST_ENTRY:
+            raise AgentConfused(f"{connection.host} answered with more than {LARGEST_ENTRY >> 20} MiB")
+        if not chunk:
+            break
+    response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]
+    response.begin()
+    return response.status, response.read()
+
+
+def _left(ends_at: float) -> float:
+    """Raises TimeoutError where there is none."""
+    left = ends_at - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+class _Received:
+    """What http.client takes for a socket."""
+
+    def __init__(self, received: bytes) -> None:
+        self._received = received
+
+    def makefile(self, _mode: str) -> io.BytesIO:
+        return io.BytesIO(self._received)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def _connection(settings: Settings, host: str, timeout: float) -> http.client.HTTPConnection:
+    target = settings.consul_http_addr
+    if target.socket:
+        return _UnixConnection(target.socket, timeout)
+    if target.scheme == "http":
+        return http.client.HTTPConnection(host, target.port, timeout=timeout)
+    context, connection = tls_context(settings), http.client.HTTPSConnection(host, target.port, timeout=timeout)
+    plain = socket.create_connection((host, target.port), timeout)
+    name = settings.consul_tls_server_name or target.host  # the address dialled is not the name to verify
+    connection.sock = context.wrap_socket(plain, server_hostname=name)
+    return connection
+
+
+def tls_context(settings: Settings) -> ssl.SSLContext:
+    """Raises AgentUnreachable that names the file, which ssl's own errors do not."""
+    name = "CONSUL_CACERT", settings.consul_cacert or settings.consul_capath
+    try:
+        context = ssl.create_default_context(cafile=settings.consul_cacert, capath=settings.consul_capath)
+        if settings.consul_client_cert:
+            name = "CONSUL_CLIENT_CERT", settings.consul_client_cert
+            context.load_cert_chain(settings.consul_client_cert, settings.consul_client_key)
+    except OSError as error:
+        raise AgentUnreachable(f"{name[0]}={name[1]!r} cannot be used: {text_of(error)}") from error
+    if not settings.consul_http_ssl_verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def request_headers(settings: Settings) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    token = settings.consul_http_token.reveal() if settings.consul_http_token else ""
+    if settings.consul_http_token_file:
+        token = _token_of(settings.consul_http_token_file)
+    if token:
+        headers["X-Consul-Token"] = token
+    if settings.consul_http_auth:
+        user, _, password = settings.consul_http_auth.reveal().partition(":")
+        headers["Authorization"] = f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"
+    return headers
+
+
+def _token_of(path: str) -> str:
+    """Read for each call, so that a rotated token is taken up by itself."""
+    try:
+        token = Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} cannot be read: {text_of(error)}") from error
+    if not token:  # being replaced, perhaps; without a token, entries would look lost
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} is empty")
+    if not token.isascii() or not token.isprintable():
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} holds characters that no HTTP header can carry")
+    return token
+
+
+def scope(settings: Settings) -> dict[str, str]:
+    pairs = {"ns": settings.consul_namespace, "partition": settings.consul_partition}
+    return {key: value for key, value in pairs.items() if value}
+
+
+def raise_for_status(settings: Settings, status: int, body: str) -> None:
+    if status == 200:
+        return
+    kinds: dict[int, type[AgentError]] = {
+        400: AgentRejected,
+        401: AgentDenied,
+        403: AgentDenied,
+        404: AgentNotFound,
+        405: AgentRejected,
+        429: AgentBusy,
+    }
+    kind = kinds.get(status, AgentFailed if status >= 500 else AgentConfused)
+    if kind is AgentNotFound and "service ID" not in body:  # a proxy's, which knows nothing of the entry
+        kind = AgentConfused
+    raise kind(f"{who(settings)} answered {status}: {' '.join(body.split())[:200]}")
+
+
+def service_document(found: Any) -> dict[str, Any]:
+    document = expect(found, dict)
+    expect(document.get("Meta") or {}, dict)
+    return document
+
+
+def expect(found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
+    if not isinstance(found, kind):
+        raise AgentConfused(f"the agent sent JSON of the wrong shape: {json.dumps(found)[:100]}")
+    return found
+
+
+def who(settings: Settings) -> str:
+    return f"the Consul agent (CONSUL_HTTP_ADDR={settings.consul_http_addr})"
+
+
+def text_of(error: BaseException) -> str:
+    """Short where the system's word says it all; aiohttp wraps it in words of its own."""
+    if isinstance(error, OSError) and error.errno in _PLAIN:
+        return os.strerror(error.errno)
+    return str(error)[:300] or type(error).__name__
