@@ -152,7 +152,7 @@ class _Config(ModuleType):
         path = Path.cwd() / CONFIG
         names = dict(_configuration(path)) if path.exists() else {}
         install(names)
-        return names
+        return {**globals(), **names}
 
 
 sys.modules[__name__].__class__ = _Config

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from consul_prom import slots
+from consul_prom.errors import SlotError
 
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG: Final = "gunicorn.error"
@@ -42,7 +43,7 @@ class Tally(logging.Filter):
     ) -> None:
         """*writing* is the context to write in: a master may be root, and its workers somebody else.
 
-        Raises OSError or SlotError where the directory of the slots cannot be used.
+        Raises SlotError where the directory of the slots cannot be used.
         """
         super().__init__()
         self._pid = os.getpid()
@@ -52,11 +53,14 @@ class Tally(logging.Filter):
         self._exits = Counts(dict.fromkeys(_EXITS, 0))
         self._lines = Counts(dict.fromkeys(LEVELS, 0))
         self._wanted = self._alive = 0
-        with writing():
-            slots.prepare(directory)
-            with slots.alone(directory, service):
-                self._path = _free_number(directory, service)
-                self._write()
+        try:
+            with writing():
+                slots.prepare(directory)
+                with slots.alone(directory, service):
+                    self._path = _free_number(directory, service)
+                    self._write()
+        except OSError as error:
+            raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: {error.strerror}") from error
 
     def workers(self, *, wanted: int, alive: int) -> None:
         self._wanted, self._alive = wanted, alive
@@ -79,7 +83,7 @@ class Tally(logging.Filter):
 
     def close(self) -> None:
         """There is no such master any more."""
-        with self._writing(), suppress(OSError):
+        with suppress(OSError), self._writing():
             self._path.unlink(missing_ok=True)
 
     def _note_ending(self, record: logging.LogRecord) -> None:
@@ -103,7 +107,8 @@ class Tally(logging.Filter):
             "lines": self._lines,
         }
         aside = self._path.with_name(f"{self._path.name}.new")
-        with self._writing(), suppress(OSError):
+        with suppress(OSError), self._writing():
+            aside.unlink(missing_ok=True)  # a symbolic link, say
             try:
                 with aside.open("x", encoding="ascii") as file:
                     json.dump(tally, file)

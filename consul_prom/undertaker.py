@@ -25,6 +25,7 @@ BUDGET: Final = 0.5
 """Seconds in each second."""
 OFF: Final = 30.0
 LEAST: Final = 0.05
+DYING: Final = 1.0
 RETRY: Final = 0.01
 
 
@@ -49,11 +50,13 @@ class Undertaker:
         self._bury([it for it in slots.remains(self._settings.dir) if it.pid == pid])
 
     def bury_all(self, *, dying: Callable[[], bool] = lambda: False) -> None:
-        """Remove those of all dead workers of the directory; *dying*: some are being killed and may still be there."""
-        begun = self._clock()
-        while dying() and self._clock() - begun < BUDGET / 2:
+        """Remove those of all dead workers of the directory, at the master's end, when there is nobody left to serve.
+
+        *dying*: whether some that were killed are still there.
+        """
+        ends_at = self._clock() + DYING
+        while dying() and self._clock() < ends_at:
             self._sleep(RETRY)
-        self._spent.append((self._clock(), self._clock() - begun))
         self._bury(slots.remains(self._settings.dir))
 
     def _bury(self, dead: list[slots.Remains]) -> None:

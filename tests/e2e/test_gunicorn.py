@@ -1,0 +1,201 @@
+"""Gunicorn with nothing but its hooks: every worker class, what only the master knows, and a master that waits little."""
+
+import os
+import re
+import signal
+import socket
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.exits import entries, workers_of
+from tests.services.consul import Consul
+from tests.services.gunicorn import Gunicorn
+from tests.services.waiting import wait_until
+
+WORKERS = 2
+DEADLINE = 60.0
+HOST = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+HOOKS = ("-c=python:consul_prom.gunicorn", "--no-control-socket")
+AIOHTTP = ("tests.e2e.plain:aiohttp_app", "aiohttp.GunicornWebWorker")
+MODELS = {
+    "aiohttp": AIOHTTP,
+    "aiohttp, preloaded": (*AIOHTTP, "--preload"),
+    "aiohttp, set up in code too": ("tests.e2e.set_up:aiohttp_app", "aiohttp.GunicornWebWorker"),
+    "uvloop": ("tests.e2e.plain:aiohttp_app", "aiohttp.GunicornUVLoopWebWorker"),
+    "sync": ("tests.e2e.plain:wsgi", "sync"),
+    "sync, reloader": ("tests.e2e.plain:wsgi", "sync", "--reload"),
+    "gthread": ("tests.e2e.plain:wsgi", "gthread", "--threads=2"),
+    "gevent": ("tests.e2e.plain:wsgi", "gevent"),
+    "uvicorn": ("tests.e2e.plain:asgi", "uvicorn_worker.UvicornWorker"),
+}
+
+
+@pytest.fixture(scope="module")
+def consul() -> Iterator[Consul]:
+    with Consul() as agent:
+        yield agent
+
+
+def server(consul: Consul, app: str, worker_class: str, *options: str, **settings: str) -> Gunicorn:
+    ours = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_ADDRESS": consul.address, "CONSUL_PROM_SERVICE": "shop"}
+    return Gunicorn(
+        app,
+        workers=WORKERS,
+        worker_class=worker_class,
+        settings={**ours, **settings},
+        options=(*(() if "-c" in " ".join(options) else HOOKS), *options),
+    )
+
+
+def settled(consul: Consul, *shops: Gunicorn) -> bool:
+    """Whether each worker has an entry, and the masters have one together."""
+    found = entries(consul)
+    pids = workers_of(found)
+    alive = set().union(*(shop.workers() for shop in shops))
+    return (
+        len(pids) == len(alive) == WORKERS * len(shops)
+        and set(pids.values()) == alive
+        and f"shop.{HOST}.master" in found
+    )
+
+
+def page(consul: Consul, slot: str) -> str:
+    entry = entries(consul)[f"shop.{HOST}.{slot}"]
+    with urllib.request.urlopen(f"http://{entry['Address']}:{entry['Port']}/metrics", timeout=5) as answer:
+        return str(answer.read().decode())
+
+
+def shows(consul: Consul, *lines: str) -> bool:
+    try:
+        found = page(consul, "master")
+    except (OSError, KeyError):
+        return False  # it moves to another worker's caretaker
+    return all(line in found for line in lines)
+
+
+def descriptors(pid: int) -> list[str]:
+    return [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+def test_worker_classes(consul: Consul, model: tuple[str, ...]) -> None:
+    """With no line of code each worker is a target, the master keeps nothing of ours open, and a stop leaves none."""
+    with server(consul, *model) as shop:
+        wait_until(lambda: settled(consul, shop), within=DEADLINE, what="an entry a worker and one of the master")
+        for slot in range(WORKERS):
+            found = page(consul, str(slot))
+            assert "consul_prom_registered 1.0" in found
+            assert 'gunicorn_log_lines_total{level="error"} 0.0' in found
+        assert shows(consul, 'gunicorn_workers_wanted{master="0"} 2.0', 'gunicorn_workers{master="0"} 2.0')
+        assert len(list(Path(f"/proc/{shop.pid}/task").iterdir())) == 1, "no thread"
+        assert sum(link.startswith("socket:") for link in descriptors(shop.pid)) == 1, "the application's"
+        assert not any("slots" in link for link in descriptors(shop.pid)), "no lock"
+        assert shop.stop() == 0
+        assert not entries(consul)
+        assert not re.search("Traceback|Warning|consul-prom is off", shop.log.read_text())
+
+
+def test_exits_are_counted(consul: Consul) -> None:
+    """What became of workers is on the master's page, whichever worker serves that now, and so are the lines logged."""
+    exits = 'gunicorn_worker_exits_total{master="0",reason='
+    with server(consul, *AIOHTTP, "--timeout=2", "--max-requests=20") as shop:
+        wait_until(lambda: settled(consul, shop), within=DEADLINE, what="the entries")
+        os.kill(min(shop.workers()), signal.SIGKILL)
+        wait_until(lambda: shows(consul, exits + '"signal",signal="SIGKILL"} 1.0'), within=DEADLINE, what="kill -9")
+        os.kill(min(shop.workers()), signal.SIGSTOP)
+        wait_until(lambda: shows(consul, exits + '"timeout",signal="SIGKILL"} 1.0'), within=DEADLINE, what="a time-out")
+        assert shows(consul, 'gunicorn_log_lines_total{level="critical",master="0"} 1.0')
+        os.kill(shop.pid, signal.SIGTTIN)
+        wait_until(lambda: shows(consul, 'gunicorn_workers{master="0"} 3.0'), within=DEADLINE, what="three workers")
+        os.kill(shop.pid, signal.SIGTTOU)
+        wait_until(lambda: shows(consul, exits + '"stop",signal=""} 1.0'), within=DEADLINE, what="a scale-down")
+        assert shows(consul, 'gunicorn_workers_wanted{master="0"} 2.0')
+
+        def worn() -> bool:
+            shop.get("/pid")
+            return not shows(consul, exits + '"max_requests",signal=""} 0.0')
+
+        wait_until(worn, within=DEADLINE, what="max_requests")
+
+
+def test_two_masters(consul: Consul) -> None:
+    """Two Gunicorns of one service share the slots, and their masters one page; it goes with the last of them."""
+    first = server(consul, *AIOHTTP)
+    with first, server(consul, *AIOHTTP, CONSUL_PROM_DIR=str(first.directory / "slots")) as second:
+        wait_until(lambda: settled(consul, first, second), within=DEADLINE, what="an entry a worker")
+        for number in (0, 1):
+            assert shows(consul, f'gunicorn_workers{{master="{number}"}} 2.0')
+        first.stop()
+        wait_until(lambda: settled(consul, second), within=DEADLINE, what="the second's entries")
+        wait_until(lambda: shows(consul, 'gunicorn_workers{master="1"} 2.0'), within=DEADLINE, what="the page")
+        assert not shows(consul, 'gunicorn_workers{master="0"}')
+        second.stop()
+        assert not entries(consul)
+
+
+CONFIGURATION = """
+import os
+import pathlib
+import consul_prom
+
+proc_name = "theirs"
+
+def post_worker_init(worker):
+    os.environ["CONSUL_PROM_SERVICE"] = "shop"
+
+def worker_exit(server, worker):
+    pathlib.Path("exits").open("a").write(f"{worker.pid}\\n")
+"""
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "beside"])
+def test_configuration_file(consul: Consul, *, installed: bool) -> None:
+    """The user's own configuration and hooks work, whether ours are installed in it or it lies beside."""
+    shop = server(consul, *AIOHTTP, *(["-c=gunicorn.conf.py"] if installed else []), CONSUL_PROM_SERVICE="")
+    text = CONFIGURATION + ("consul_prom.gunicorn.install(globals())\n" if installed else "")
+    (shop.directory / "gunicorn.conf.py").write_text(text)
+    with shop:
+        wait_until(lambda: set(workers_of(entries(consul)).values()) == shop.workers(), within=DEADLINE, what="entries")
+        workers = shop.workers()
+        shop.stop()
+        assert not entries(consul)
+        assert {int(pid) for pid in (shop.directory / "exits").read_text().split()} == workers
+
+
+def test_no_service(consul: Consul) -> None:
+    """Without a service the hooks say so once, and serve nobody."""
+    with server(consul, *AIOHTTP, CONSUL_PROM_SERVICE="") as shop:
+        assert shop.get("/pid")
+        shop.stop()
+        assert shop.log.read_text().count("CONSUL_PROM_SERVICE") == 1
+
+
+def test_required(consul: Consul) -> None:
+    """Where consul-prom is required, a worker that cannot be registered does not come up, and the server says why."""
+    shop = server(
+        consul,
+        *AIOHTTP,
+        CONSUL_PROM_REQUIRED="true",
+        CONSUL_PROM_START_TIMEOUT="0.5",
+        CONSUL_HTTP_ADDR="127.0.0.1:1",
+    )
+    with pytest.raises(AssertionError, match="ended with 3"):
+        shop.start()
+    assert not entries(consul)
+
+
+def test_hanging_agent() -> None:
+    """While the agent hangs, the master replaces workers that are killed as ever, and its stop is not held up."""
+    with Consul() as agent, server(agent, *AIOHTTP) as shop:
+        wait_until(lambda: settled(agent, shop), within=DEADLINE, what="the entries")
+        agent.pause()
+        for _ in range(3):
+            before = shop.workers()
+            os.kill(min(before), signal.SIGKILL)
+            wait_until(lambda old=before: shop.workers() - old, within=20, what="another worker")  # type: ignore[misc]
+        assert shop.get("/pid")
+        shop.stop(within=40)
+        agent.resume()

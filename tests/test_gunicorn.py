@@ -1,0 +1,106 @@
+"""Gunicorn's hooks, and how they live beside the user's own; what they do is shown on the real Gunicorn in e2e."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gunicorn.config import Config
+
+import consul_prom
+from consul_prom import gunicorn as hooks
+
+NAMES = {ours.__name__ for ours in hooks._OURS}
+
+
+def test_every_hook_is_one_of_gunicorns() -> None:
+    """Gunicorn takes each hook, by its name and its number of parameters."""
+    config = Config()
+    for name in NAMES:
+        config.set(name, vars(hooks)[name])
+
+
+def test_nothing_else_is_a_setting() -> None:
+    """The module of the hooks sets nothing in Gunicorn but hooks."""
+    assert set(Config().settings) & set(vars(hooks)) == NAMES
+
+
+def test_lazy() -> None:
+    """The hooks are found in the package, as README has them."""
+    assert consul_prom.gunicorn is hooks
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("__config__", None)
+
+
+def test_configuration_beside(folder: Path) -> None:
+    """The configuration file of the folder is read, each time anew, and its hooks are kept."""
+    (folder / "gunicorn.conf.py").write_text(
+        "workers = 3\ncalls = []\ndef on_starting(server):\n    calls.append(server)\ndef on_reload(server): ...\n"
+    )
+    names = vars(hooks)
+    assert names["workers"] == 3
+    assert names["on_reload"].__name__ == "on_reload"
+    Config().set("on_starting", names["on_starting"])
+    (folder / "gunicorn.conf.py").write_text("workers = 4\n")
+    assert vars(hooks)["workers"] == 4
+    (folder / "gunicorn.conf.py").unlink()
+    assert "workers" not in vars(hooks)
+
+
+def test_broken_configuration(folder: Path) -> None:
+    """What is wrong in the user's file is the user's to see."""
+    (folder / "gunicorn.conf.py").write_text("1 / 0\n")
+    with pytest.raises(ZeroDivisionError):
+        vars(hooks)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_order(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Both hooks run: the user's first where it may set the environment, otherwise ours."""
+    calls: list[str] = []
+    ours = getattr(hooks, name)
+    spy: Any = lambda *_arguments: calls.append("ours")  # noqa: E731
+    spy.__name__ = name
+    monkeypatch.setattr(hooks, "_OURS", (spy,))
+    monkeypatch.setattr(hooks, "_LAST", {spy} if ours in hooks._LAST else set())
+    namespace: dict[str, Any] = {name: lambda *_arguments: calls.append("theirs")}
+    hooks.install(namespace)
+    namespace[name]("server", "worker")
+    assert calls == (["theirs", "ours"] if name == "post_worker_init" else ["ours", "theirs"])
+
+
+def test_install_twice() -> None:
+    """Installed twice, as by a file that installs them and is read beside them, the hooks run once."""
+    namespace: dict[str, Any] = {"child_exit": lambda _server, _worker: None}
+    hooks.install(namespace)
+    once = dict(namespace)
+    hooks.install(namespace)
+    assert namespace == once
+    assert namespace["on_exit"] is hooks.on_exit
+
+
+def test_hook_by_name() -> None:
+    """A hook that is named rather than given, as Gunicorn allows, is called too."""
+    namespace: dict[str, Any] = {"on_exit": "tests.test_gunicorn.their_on_exit"}
+    hooks.install(namespace)
+    Config().set("on_exit", namespace["on_exit"])
+    namespace["on_exit"](_Server())
+    assert importlib.import_module("tests.test_gunicorn").SEEN
+
+
+SEEN: list[object] = []
+
+
+class _Server:
+    """An Arbiter that has had none of our hooks."""
+
+
+def their_on_exit(server: object) -> None:
+    importlib.import_module("tests.test_gunicorn").SEEN.append(server)
