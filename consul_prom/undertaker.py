@@ -57,9 +57,14 @@ class Undertaker:
         ends_at = self._clock() + DYING
         while dying() and self._clock() < ends_at:
             self._sleep(RETRY)
-        self._bury(slots.remains(self._settings.dir))
+        held = self._bury(slots.remains(self._settings.dir))
+        while held and self._clock() < ends_at:  # a process seems gone once its main thread is: others have the lock
+            self._sleep(RETRY)
+            held = self._bury(held)
 
-    def _bury(self, dead: list[slots.Remains]) -> None:
+    def _bury(self, dead: list[slots.Remains]) -> list[slots.Remains]:
+        """Those whose lock cannot be had."""
+        held = []
         for remains in dead:
             lock = None
             with suppress(OSError):
@@ -70,6 +75,9 @@ class Undertaker:
                         slots.forget(lock)
                 finally:
                     lock.release(force=True)
+            else:
+                held.append(remains)
+        return held
 
     def _deregister(self, remains: slots.Remains) -> bool:
         """Whether nothing is left to do."""

@@ -120,6 +120,18 @@ def test_all(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> N
     assert next(alive, None) is None
 
 
+def test_lock_comes_late(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
+    """At the end a lock that a dying process' last thread holds is waited for."""
+    leave_slot(slot_directory, agent)
+    lock = slots.try_lock(slot_directory, "shop", 0)
+    assert lock
+    release = threading.Timer(0.1, lock.release)
+    release.start()
+    undertaker.bury_all()
+    release.join()
+    assert not agent.state.services
+
+
 class Clock:
     """Time that passes by being told to."""
 
