@@ -633,7 +633,9 @@ class TestFork:
         assert self.fork(work) == 0
         assert list(agent.state.services) == ["shop.web-1.0"]
 
-    def test_no_deadlock(self, make: Make, registry: CollectorRegistry) -> None:
+    @pytest.mark.timeout(600)
+    @pytest.mark.parametrize("forks", [FORKS, pytest.param(500, marks=pytest.mark.full)])
+    def test_no_deadlock(self, make: Make, registry: CollectorRegistry, forks: int) -> None:
         """Children that are forked while scrapes go on can use the registry: no lock of it is held in any of them."""
         lock = threading.Lock()
 
@@ -661,7 +663,7 @@ class TestFork:
         scraping = threading.Thread(target=scrape)
         scraping.start()
         try:
-            assert {self.fork(use) for _ in range(FORKS)} == {0}
+            assert {self.fork(use) for _ in range(forks)} == {0}
         finally:
             over.set()
             scraping.join()

@@ -53,6 +53,11 @@ class Watch:
         for handle in self._handles.values():
             os.close(handle)
 
+    def until_ended(self) -> None:
+        """Until all of them have ended, whatever they leave."""
+        for handle in self._handles.values():
+            assert select.select([handle], [], [], DEADLINE)[0], "it has not ended"
+
     def until_gone(self, count: int) -> list[Gone]:
         """Until *count* of them have ended, and no entry names one of those."""
         try:

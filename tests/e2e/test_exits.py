@@ -2,8 +2,9 @@
 
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,10 @@ class Shop(Gunicorn):
         )
         (self.directory / "gunicorn.conf.py").write_text(LOGGING)
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return self._env
+
     def _arguments(self) -> Sequence[str]:
         _module, _name, *rest = super()._arguments()
         return [str(Path(sys.executable).with_name("gunicorn")), *rest]
@@ -128,11 +133,14 @@ def settled(consul: Consul, shop: Shop, *, master: bool) -> bool:
     return len(pids) == WORKERS and set(pids.values()) == shop.workers() and has_page == master
 
 
-def leave(consul: Consul, shop: Shop, model: str, way: Exit) -> list[Gone]:
+def leave(consul: Consul, shop: Shop, model: str, way: Exit, *, command: bool = False) -> list[Gone]:
     has_hooks = MODELS[model].has_hooks
     wait_until(lambda: settled(consul, shop, master=has_hooks), within=DEADLINE, what="an entry a worker")
     with Watch(consul, shop) as watch:
         way.act(watch)
+        if command:
+            watch.until_ended()
+            subprocess.run([sys.executable, "-m", "consul_prom", "deregister"], env=shop.environment, check=True)
         return watch.until_gone(way.number)
 
 
@@ -156,10 +164,13 @@ def test_worker(consul: Consul, shop: Shop, model: str, name: str, table: list[s
 @pytest.mark.parametrize("name", OF_MASTERS)
 @pytest.mark.parametrize("model", PARAMETERS, indirect=True, scope="module")
 def test_master(second_consul: Consul, model: str, name: str, table: list[str]) -> None:
-    """The same where the server ends: then no entry is left, the master's own included."""
-    consul = second_consul
+    """The same where the server ends: then no entry is left, the master's own included.
+
+    Where nobody is left to see to that, as without the hooks, the command does.
+    """
+    consul, abandoned = second_consul, not (MODELS[model].has_hooks or OF_MASTERS[name].clean)
     with Shop(MODELS[model], consul) as shop:
-        seen = leave(consul, shop, model, OF_MASTERS[name])
+        seen = leave(consul, shop, model, OF_MASTERS[name], command=abandoned)
         tell(table, model, name, seen)
         for pid in workers_of(entries(consul)).values():  # after an upgrade: the new master is nobody's child
             os.kill(int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGTERM)
