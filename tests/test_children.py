@@ -40,7 +40,9 @@ if __name__ == "__main__":
     while not worker.registered:
         time.sleep(0.01)
     urllib.request.urlopen(worker.url).read()
-    ours = {os.readlink(f"/proc/self/fd/{fd}") for fd in worker._life.thread.descriptors()}
+    async def sockets():  # in the thread that opens and closes them
+        return {os.readlink(f"/proc/self/fd/{fd}") for fd in worker._life.thread.descriptors()}
+    ours = worker._life.thread.spawn(sockets()).result(10)
     if how == "fork":
         if not os.fork():
             look(path)

@@ -10,9 +10,14 @@ from urllib.parse import parse_qs
 
 from aiohttp import web
 
-if Path("boom").exists():  # in the server's directory: the next worker does not come up
-    raise RuntimeError("boom")
 
+def fail_if_told() -> None:
+    """A file in the server's directory: the next worker does not come up."""
+    if Path("boom").exists():
+        raise RuntimeError("boom")
+
+
+fail_if_told()
 Send = Any
 
 
@@ -31,6 +36,7 @@ async def nap(request: web.Request) -> web.Response:
 
 
 async def aiohttp_app() -> web.Application:
+    fail_if_told()  # what was preloaded is not imported again
     app = web.Application()
     app.add_routes([web.get("/pid", pid), web.get("/block", block), web.get("/nap", nap)])
     return app
