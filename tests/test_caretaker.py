@@ -20,7 +20,7 @@ from consul_prom import Worker, caretaker, slots
 from consul_prom.caretaker import Entry, Outcome, Verdict
 from consul_prom.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault, running
-from consul_prom.errors import AgentTimeout, AgentUnreachable
+from consul_prom.errors import AgentTimeout, AgentUnreachable, EndpointError
 from consul_prom.settings import load
 from tests.services.waiting import wait_until
 from tests.workers import Workers, meta, put
@@ -539,3 +539,158 @@ class TestCaretaker:
         with pytest.raises(FileNotFoundError):
             slots.try_caretaker(slot_directory, "shop")
         assert not slot_directory.exists()
+
+
+class FakeGuest:
+    """A guest that notes what becomes of it."""
+
+    def __init__(self, *, clean: bool = True) -> None:
+        self.clean = clean
+        self.retired = 0
+
+    async def retire(self, timeout: float) -> bool:
+        self.retired += 1
+        return self.clean
+
+
+class Inn:
+    """A caretaker whose masters and rounds a test makes."""
+
+    def __init__(self, agent: caretaker.AgentAPI, directory: Path, *, clean: bool = True) -> None:
+        self.alive = True
+        self.full = False
+        self.guests: list[FakeGuest] = []
+        self.received = 0
+        self._clean = clean
+        self._rounds = asyncio.Semaphore(0)
+        self._arrived = asyncio.Event()
+        slots.prepare(directory)
+        self.caretaker = caretaker.Caretaker(
+            agent,
+            directory=directory,
+            service="shop",
+            host="web-1",
+            masters=lambda: self.alive,
+            receive=self._receive,
+            sleep=self._sleep,
+        )
+        self.working = asyncio.create_task(self.caretaker.run())
+
+    async def _receive(self, slot: slots.Slot) -> FakeGuest:
+        self.received += 1
+        assert slot.note, "noted before there can be an entry"
+        if self.full:
+            raise EndpointError("no port is left")
+        self.guests.append(FakeGuest(clean=self._clean))
+        return self.guests[-1]
+
+    async def _sleep(self, _seconds: float) -> None:
+        self._arrived.set()
+        await self._rounds.acquire()
+
+    async def round(self) -> None:
+        """One more, to its end."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        self._rounds.release()
+        async with asyncio.timeout(10):
+            await self._arrived.wait()
+
+    async def end(self) -> None:
+        self.working.cancel()
+        await asyncio.gather(self.working, return_exceptions=True)
+
+
+def note_of(directory: Path) -> str:
+    return slots.path_of(directory, "shop", slots.MASTER).read_text()
+
+
+class TestMasters:
+    """The caretaker serves the page of Gunicorn's masters for as long as there are any."""
+
+    async def test_comes_and_goes(self, slot_directory: Path) -> None:
+        """One guest is received while masters live, and retires with them; then nothing is left to look for."""
+        inn = Inn(FakeAgent({}), slot_directory)
+        for _ in range(3):
+            await inn.round()
+        assert (inn.received, inn.guests[0].retired) == (1, 0)
+        inn.alive = False
+        await inn.round()
+        assert inn.guests[0].retired == 1
+        assert note_of(slot_directory) == ""
+        inn.alive = True
+        await inn.round()
+        assert inn.received == 2
+        await inn.end()
+        assert inn.guests[1].retired == 1
+
+    async def test_is_cancelled(self, slot_directory: Path) -> None:
+        """A worker that leaves takes its guest along, before anyone else can be the caretaker."""
+        inn = Inn(FakeAgent({}), slot_directory)
+        await inn.round()
+        assert slots.try_caretaker(slot_directory, "shop") is None
+        await inn.end()
+        assert inn.guests[0].retired == 1
+        assert slots.try_caretaker(slot_directory, "shop")
+
+    async def test_entry_is_left(self, slot_directory: Path) -> None:
+        """A guest whose entry may be left leaves the note by which others find it."""
+        inn = Inn(FakeAgent({}), slot_directory, clean=False)
+        await inn.round()
+        await inn.end()
+        assert note_of(slot_directory)
+
+    async def test_cannot_be_received(self, slot_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Where there is no port, say, it is tried again, and said once."""
+        inn = Inn(FakeAgent({}), slot_directory)
+        inn.full = True
+        for _ in range(3):
+            await inn.round()
+        assert caplog.text.count("no port is left") == 1
+        inn.full = False
+        await inn.round()
+        assert inn.guests
+        await inn.end()
+
+    @pytest.mark.parametrize("same", [True, False])
+    async def test_dead_caretakers_guest(self, agent: DevAgent, slot_directory: Path, *, same: bool) -> None:
+        """Where there is no master any more, the next caretaker removes the entry, unless it is another directory's."""
+        identity_of_directory = slots.prepare(slot_directory) if same else "0123456789abcdef"
+        left = meta(slot="master", instance="web-1:master", dir=f"{identity_of_directory}:{slot_directory}")
+        await asyncio.to_thread(put, agent, "shop.web-1.master", left)
+        slots.path_of(slot_directory, "shop", slots.MASTER).write_text(f"{dead_pid()} {proc(ticks='1')}")
+        client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
+        inn = Inn(client, slot_directory)
+        inn.alive = False
+        agent.fault = Fault(status=500)
+        await inn.round()
+        assert note_of(slot_directory), "it is tried again"
+        agent.fault = None
+        await inn.round()
+        assert known(agent) == (set() if same else {"shop.web-1.master"})
+        assert note_of(slot_directory) == ""
+        await inn.end()
+        await client.aclose()
+
+    async def test_directory_is_wiped(self, slot_directory: Path) -> None:
+        """Who holds a lock that is none any more lets the guest go, and begins anew."""
+        inn = Inn(FakeAgent({}), slot_directory)
+        await inn.round()
+        shutil.rmtree(slot_directory)
+        await inn.round()
+        assert inn.guests[0].retired == 1
+        slots.prepare(slot_directory)
+        await inn.round()
+        assert len(inn.guests) == 2
+        await inn.end()
+
+    def test_command(self, agent: DevAgent, slot_directory: Path) -> None:
+        """The command proves by the caretaker's lock that nobody serves the page."""
+        directory_id = slots.prepare(slot_directory)
+        left = meta(slot="master", instance="web-1:master", dir=f"{directory_id}:{slot_directory}")
+        put(agent, "shop.web-1.master", left)
+        slot = slots.try_caretaker(slot_directory, "shop")
+        assert slot
+        assert swept(agent)["shop.web-1.master"].verdict.state == "alive"
+        slot.release()
+        assert swept(agent)["shop.web-1.master"].action == "removed"

@@ -27,7 +27,7 @@ from consul_prom.errors import (
     AgentUnreachable,
 )
 from consul_prom.settings import Settings, load
-from consul_prom.wire import deregister_now
+from consul_prom.wire import deregister_now, service_now
 from tests.services.consul import Consul
 
 DOCUMENT: dict[str, Any] = {
@@ -133,6 +133,23 @@ async def test_last_moments_by_several_addresses(agent: DevAgent, client: AgentC
     await agent.aclose()
     with pytest.raises(AgentUnreachable, match="Connection refused"):
         await asyncio.to_thread(deregister_now, settings(agent.url), DOCUMENT["ID"], timeout=5, hosts=hosts)
+
+
+async def test_entry_in_the_last_moments(agent: DevAgent, client: AgentClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The synchronous look gives the entry, or None, and trusts an answer no more than the other."""
+    await client.register(DOCUMENT)
+    found = await asyncio.to_thread(service_now, settings(agent.url), DOCUMENT["ID"], timeout=5)
+    assert found
+    assert found["Meta"] == DOCUMENT["Meta"]
+    assert await asyncio.to_thread(service_now, settings(agent.url), "none", timeout=5) is None
+    for body in ("{", "[1]", '{"Meta": 1}'):
+        agent.fault = Fault(status=200, body=body)
+        with pytest.raises(AgentConfused):
+            await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
+    agent.fault = Fault(status=200, body="x" * 5000)
+    monkeypatch.setattr("consul_prom.wire.LARGEST_ENTRY", 4000)
+    with pytest.raises(AgentConfused, match="answered with more than"):
+        await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
 
 
 async def test_unknown_host() -> None:

@@ -28,7 +28,7 @@ from consul_prom.registration import (
     parse_entry_id,
 )
 from consul_prom.settings import MANAGED_META, load
-from consul_prom.slots import Slot, acquire, process_identity
+from consul_prom.slots import MASTER, Slot, acquire, process_identity
 from tests.conftest import MakeSettings
 
 SERVICES = st.from_regex(r"[a-z][a-z0-9-]{0,54}", fullmatch=True)
@@ -328,6 +328,14 @@ class TestIDs:
         """The first part is the service, the last the slot, all between them the host."""
         assert parse_entry_id("shop.web-1.example.org.3") == EntryID("shop", "web-1.example.org", 3)
         assert parse_entry_id("shop.1.2.3") == EntryID("shop", "1.2", 3)
+
+    def test_master(self) -> None:
+        """The masters' page has a word in the slot's place, and a host may have that name too."""
+        assert entry_id("shop", "web-1", MASTER) == "shop.web-1.master"
+        assert parse_entry_id("shop.web-1.master") == EntryID("shop", "web-1", MASTER)
+        assert parse_entry_id("shop.web-1.master.master") == EntryID("shop", "web-1.master", MASTER)
+        assert parse_entry_id("shop.master.0") == EntryID("shop", "master", 0)
+        assert parse_entry_id("shop.web-1.-1") is None
 
     @pytest.mark.parametrize(
         "text",

@@ -29,6 +29,7 @@ from consul_prom.settings import (
     parse_duration,
     parse_list,
 )
+from consul_prom.slots import MASTER
 
 BY_NAME = {row.name: row for row in ROWS}
 
@@ -281,6 +282,12 @@ class TestPorts:
         assert str(ports) == shown
         assert ports.candidates(0) == slot_0
         assert ports.candidates(3) == slot_3
+
+    def test_master(self) -> None:
+        """The master's page has the last port of a range, or the one before the base."""
+        assert Ports(9100).candidates(MASTER) == [9099]
+        assert Ports(9100, 9102).candidates(MASTER) == [9102, 9100, 9101]
+        assert Ports().candidates(MASTER) == [0]
 
     @given(first=st.integers(1, 65535), size=st.integers(1, 300), slot=st.integers(0, 4095))
     def test_range_offers_each_of_its_ports_once(self, first: int, size: int, slot: int) -> None:

@@ -224,6 +224,65 @@ class TestProcesses:
         assert _output(code, slot_directory) == "True"
 
 
+class TestRemains:
+    """Where to look for what the dead left."""
+
+    @staticmethod
+    def leave(directory: Path, service: str, number: int, *hosts: str) -> int:
+        """A slot as a killed process leaves it; its pid."""
+        process = subprocess.Popen(["sleep", "60"])
+        note = " ".join((str(process.pid), str(process_identity(process.pid)), *hosts))
+        slots.path_of(directory, service, number).write_text(note)
+        process.kill()
+        process.wait()
+        return process.pid
+
+    def test_of_all_services(self, slot_directory: Path) -> None:
+        """The dead of all services are told, the caretaker's slot among them, with the agent's addresses."""
+        first = self.leave(slot_directory, "shop", 3, "10.0.0.1", "::1")
+        second = self.leave(slot_directory, "bar", slots.MASTER)
+        acquire(slot_directory, "shop")
+        assert slots.remains(slot_directory) == [
+            slots.Remains("bar", slots.MASTER, second, ()),
+            slots.Remains("shop", 3, first, ("10.0.0.1", "::1")),
+        ]
+        assert slots.abandoned(slot_directory, "shop") == [3]
+        assert slots.abandoned(slot_directory, "bar") == []
+
+    def test_addresses(self, slot_directory: Path) -> None:
+        """Who has a slot notes the agent's addresses with it, and settles all at once."""
+        slot = acquire(slot_directory, "shop")
+        slot.occupy(["10.0.0.1"])
+        assert slot.note.split() == [str(os.getpid()), process_identity(os.getpid()), "10.0.0.1"]
+        slot.settle()
+        assert slot.note == ""
+        slots.path_of(slot_directory, "shop", 0).unlink()
+        assert slot.note == ""
+
+    @pytest.mark.parametrize("text", ["", "1", "x y", "1 a.b", "1 a.b.c.d", "\u00e9 \u00e9", "1 None"])
+    def test_odd_files(self, slot_directory: Path, text: str) -> None:
+        """What no process noted is nobody's remains, nor is a file of another kind."""
+        for name in ("shop.0.lock", "shop.master.lock", "shop.x.lock"):
+            (slot_directory / name).write_text(text)
+        self.leave(slot_directory, "shop", 1)
+        (slot_directory / "shop.1.lock").rename(slot_directory / "shop.one.lock")
+        assert slots.remains(slot_directory) == []
+
+    def test_alone(self, slot_directory: Path) -> None:
+        """One process of a service at a time is in there, and who cannot get in says so."""
+        with slots.alone(slot_directory, "shop"):
+            with slots.alone(slot_directory, "bar"):
+                pass
+            child = os.fork()
+            if not child:
+                try:
+                    with slots.alone(slot_directory, "shop"):
+                        os._exit(0)
+                except SlotError:
+                    os._exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
 class TestIntact:
     """Whether what we hold is still what others see."""
 
