@@ -45,8 +45,10 @@ def setup(app: web.Application, *, registry: CollectorRegistry = REGISTRY, **arg
         await worker.leave()
 
     async def stop(_app: web.Application) -> AsyncIterator[None]:
-        yield
-        worker.stop()  # has little left to do after `leave`, which an abort or a failed start skips
+        try:
+            yield
+        finally:  # on an abort the generator is thrown away
+            worker.stop()  # has little left to do after `leave`, which an abort or a failed start skips
 
     app.on_startup.append(start)
     app.on_shutdown.append(leave)

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Callable, MutableMapping
 from functools import wraps
@@ -71,6 +72,9 @@ def post_worker_init(worker: "GunicornWorker") -> None:
     if ours.nameless:
         return  # the application may name itself; the master has said it
     ours.start(keeps=False)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_DFL:  # uvicorn's class: it dies of the signal once it has shut down
+            signal.signal(number, _exit)
     if ours.slot is not None:
         try:
             logging.getLogger(LOG).addFilter(LogLines(REGISTRY))
@@ -78,12 +82,16 @@ def post_worker_init(worker: "GunicornWorker") -> None:
             log.warning("the lines of Gunicorn's log are not counted: %s", error)
 
 
+def _exit(_number: int, _frame: object) -> None:
+    raise SystemExit(0)
+
+
 def worker_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
     """In the worker, at its end; in the master too, for a worker that is found to be gone."""
     if worker.pid != os.getpid():
         child_exit(server, worker)
     elif ours := _Ours.workers.pop(worker, None):
-        ours.stop()
+        ours.stop(last=True)
 
 
 def child_exit(server: "Arbiter", worker: "GunicornWorker") -> None:

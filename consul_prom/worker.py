@@ -126,15 +126,18 @@ class Worker:
             if self._life.leavers == self._life.users:
                 await self._life.leave_in_thread()
 
-    def stop(self) -> None:
-        """Deregister, close and give the slot up; within STOP_TIMEOUT, or one log line says what is left over."""
+    def stop(self, *, last: bool = False) -> None:
+        """Deregister, close and give the slot up; within STOP_TIMEOUT, or one log line says what is left over.
+
+        *last*: the process ends, whoever else has not stopped.
+        """
         life, self._life = self._life, None
         if life and life.mine:
             with _Life.sharing:
                 life.users -= 1
                 life.leavers -= self._left
                 self._left = False
-                last = not life.users
+                last = last or not life.users
             if last:
                 life.stop()
 
