@@ -43,7 +43,7 @@ class Model(NamedTuple):
         return HOOKS in self.options
 
 
-DEAF, ROUGH = ("QUIT to worker", "kill -9 of master"), ("QUIT to master", "USR2 and QUIT")
+DEAF, ROUGH = ("QUIT to worker", "kill -9 of master"), ("INT to master", "QUIT to master", "USR2 and QUIT")
 AIOHTTP, UVICORN = "aiohttp.GunicornWebWorker", "uvicorn_worker.UvicornWorker"
 MODELS = {
     "aiohttp, hooks": Model("tests.e2e.plain:aiohttp_app", AIOHTTP),
@@ -152,6 +152,7 @@ def leave(consul: Consul, shop: Shop, model: str, name: str) -> list[Gone]:
         if name in OF_MASTERS and name != "USR2 and QUIT" and not (has_hooks or clean(model, name)):
             watch.until_ended()
             subprocess.run([sys.executable, "-m", "consul_prom", "deregister"], env=shop.environment, check=True)
+            return [gone._replace(layer="command") for gone in watch.until_gone(way.number)]
         return watch.until_gone(way.number)
 
 
