@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from click import Context, Group
-from prometheus_client import REGISTRY, Counter
+from prometheus_client import REGISTRY, Counter, generate_latest
 
 import consul_prom
 from consul_prom import cli, snippets
 from consul_prom.settings import load
+from consul_prom.tally import Masters, Tally
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
 from tests.services.prometheus import Prometheus
@@ -96,6 +97,15 @@ def test_own_metrics() -> None:
     assert set(re.findall(r"`(consul_prom_\w+)`", README)) == had
 
 
+def test_metrics_of_the_master(slot_directory: Path) -> None:
+    """The metrics that are named are those that the masters' page has, the reasons and labels too."""
+    Tally(slot_directory, "shop")
+    page = generate_latest(Masters(slot_directory, "shop").registry()).decode()
+    assert set(re.findall(r"`(gunicorn_\w+)`", README)) == set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE))
+    (reasons,) = re.findall(r"by `reason`: (.*?);", README, re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", reasons)) == set(re.findall(r'reason="(\w+)"', page))
+
+
 @pytest.fixture(scope="module")
 def queries() -> list[str]:
     """The PromQL of the table."""
@@ -106,7 +116,14 @@ def queries() -> list[str]:
 def test_queries(queries: list[str]) -> None:
     """Every query of the table gives a result for a shop that is asked."""
     assert len(queries) >= 5
-    with Consul() as consul, Gunicorn(workers=2, settings={"CONSUL_HTTP_ADDR": consul.url}) as shop:
+    hooks = ["-c=python:consul_prom.gunicorn"]
+    assert hooks[0].replace("=", " ") in README
+    with (
+        Consul() as consul,
+        Gunicorn(
+            workers=2, settings={"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}, options=hooks
+        ) as shop,
+    ):
         scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
         with Prometheus(scrape) as prometheus:
 
