@@ -14,8 +14,9 @@ import pytest
 
 from consul_prom import slots
 from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.errors import AgentTimeout
 from consul_prom.settings import Settings, load
-from consul_prom.undertaker import BUDGET, Undertaker
+from consul_prom.undertaker import BUDGET, OFF, Undertaker
 from tests.conftest import MakeSettings
 from tests.services.waiting import wait_until
 from tests.workers import Workers, meta, put
@@ -164,6 +165,23 @@ def test_budget(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.Monke
     assert len(spent) > 5
     for begun, _ in spent:
         assert sum(seconds for at, seconds in spent if begun <= at < begun + 1) <= BUDGET + 0.001
+
+
+def test_lets_an_agent_be(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that did not answer is let be for half a minute, and then asked again."""
+    clock, asked = Clock(), []
+
+    def ask(*_arguments: object, **_named: object) -> None:
+        asked.append(clock.now)
+        raise AgentTimeout("hangs")
+
+    monkeypatch.setattr("consul_prom.undertaker.service_now", ask)
+    undertaker = Undertaker(settings_of(agent, slot_directory), clock=clock, sleep=clock.sleep)
+    pid = leave_slot(slot_directory, agent)
+    for _ in range(60):
+        undertaker.bury(pid)
+        clock.now += 1
+    assert [moment - asked[0] for moment in asked] == [0, OFF]
 
 
 def test_hanging_agent(
