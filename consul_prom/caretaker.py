@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 from consul_prom import slots
 from consul_prom.errors import AgentDenied, AgentError, AgentTimeout, AgentUnreachable, ConsulPromError
-from consul_prom.registration import MARKER, entry_id, is_ours, parse_entry_id
+from consul_prom.registration import MARKER, entry_id, is_of, is_ours, parse_entry_id
 from consul_prom.snippets import write_rule
 
 log = logging.getLogger(__name__)
@@ -157,9 +157,7 @@ class Caretaker:
 
     async def _bury(self, dead: str) -> None:
         entry = await self._agent.service(dead)
-        if entry is None or not is_ours(entry.document):
-            return
-        if (entry.document.get("Meta") or {}).get("dir") == f"{slots.directory_id(self._directory)}:{self._directory}":
+        if entry and is_of(entry.document, self._directory):
             await _remove(self._agent, entry.document)
             log.info("removed %s: its worker is dead, since the lock of its slot is free", dead)
 

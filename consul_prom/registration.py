@@ -3,10 +3,11 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from consul_prom.settings import TAG, Settings, parse_duration
-from consul_prom.slots import MASTER, Slot, place, process_identity
+from consul_prom.slots import MASTER, Slot, directory_id, place, process_identity
 
 HEALTH_PATH: Final = "/-/healthy"
 MARKER: Final = {"external-source": "consul-prom", "managed_by": "consul-prom"}
@@ -164,6 +165,11 @@ def is_ours(entry: Mapping[str, Any]) -> bool:
     """Whether an entry bears our marker; what does not is never touched."""
     meta = entry.get("Meta") or {}
     return all(meta.get(key) == value for key, value in MARKER.items())
+
+
+def is_of(entry: Mapping[str, Any], directory: Path) -> bool:
+    """Whether an entry of ours belongs to a slot of *directory*, whose lock then tells whether its worker lives."""
+    return is_ours(entry) and entry["Meta"].get("dir") == f"{directory_id(directory)}:{directory}"
 
 
 def origin(address: str, port: int, *, scheme: str = "http") -> str:

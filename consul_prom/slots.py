@@ -135,23 +135,23 @@ class Remains(NamedTuple):
     hosts: tuple[str, ...]
 
 
-def remains(directory: Path) -> list[Remains]:
-    """Where to look for what dead processes left. Takes no lock: a newborn might stumble on it.
+def remains(directory: Path, service: str = "*") -> list[Remains]:
+    """Where to look for what the dead of *service*, or of all, left. Takes no lock: a newborn might stumble on it.
 
     It is no proof: that is the slot's lock.
     """
     found = []
-    for path in sorted(directory.glob("*.*.lock")):
-        service, number, _ = path.name.split(".", 2)
+    for path in sorted(directory.glob(f"{service}.*.lock")):
+        whose, number, _ = path.name.split(".", 2)
         note = _read(path)
         if note and note.is_dead and (number.isdecimal() or number == place(MASTER)):
-            found.append(Remains(service, int(number) if number.isdecimal() else MASTER, note.pid, note.hosts))
+            found.append(Remains(whose, int(number) if number.isdecimal() else MASTER, note.pid, note.hosts))
     return found
 
 
 def abandoned(directory: Path, service: str) -> list[int]:
     """The numbers of a service's slots that may have entries of the dead."""
-    return sorted(it.number for it in remains(directory) if it.service == service and it.number != MASTER)
+    return sorted(it.number for it in remains(directory, service) if it.number != MASTER)
 
 
 def forget(lock: FileLock) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 
 from consul_prom import slots
 from consul_prom.errors import AgentError, AgentTimeout
-from consul_prom.registration import entry_id, is_ours
+from consul_prom.registration import entry_id, is_of
 from consul_prom.settings import Settings
 from consul_prom.wire import deregister_now, service_now
 
@@ -87,9 +87,7 @@ class Undertaker:
             return False
         try:
             entry = service_now(self._settings, dead, timeout=self._left(), hosts=hosts)
-            meta = (entry or {}).get("Meta") or {}
-            here = f"{slots.directory_id(self._settings.dir)}:{self._settings.dir}"
-            if entry and is_ours(entry) and meta.get("dir") == here:
+            if entry and is_of(entry, self._settings.dir):
                 left = max(self._left() - (self._clock() - begun), LEAST)
                 deregister_now(self._settings, dead, timeout=left, hosts=hosts)
                 log.info("removed %s: its worker is dead, since the lock of its slot is free", dead)

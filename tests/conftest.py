@@ -1,7 +1,7 @@
 """What all tests share: an environment without settings, a registry, a directory of slots, a maker of settings."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from prometheus_client import CollectorRegistry
 
+from consul_prom.devagent import DevAgent, running
 from consul_prom.settings import Settings, load
 from tests.services.binaries import RECIPES, prepare
+from tests.workers import Workers
 
 MakeSettings = Callable[..., Settings]
 
@@ -50,6 +52,21 @@ def slot_directory(tmp_path: Path) -> Path:
     directory = tmp_path / "slots"
     directory.mkdir(mode=0o700)
     return directory
+
+
+@pytest.fixture
+def agent() -> Iterator[DevAgent]:
+    """A dev agent; where real Consul is meant, a module has an `agent` of its own."""
+    with running() as agent:
+        yield agent
+
+
+@pytest.fixture
+def workers(agent: DevAgent, slot_directory: Path) -> Iterator[Workers]:
+    """Starts workers in processes of their own, which register with `agent`."""
+    workers = Workers(agent, slot_directory)
+    yield workers
+    workers.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from consul_prom import slots
-from consul_prom.devagent import DevAgent, running
+from consul_prom.devagent import DevAgent
 from tests.services.waiting import wait_until
 from tests.test_caretaker import hold, swept
 from tests.workers import PACKAGE, Workers, meta, put
@@ -115,23 +115,10 @@ class Fleet:
 
 
 @pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
-
-
-@pytest.fixture
 def fleet(agent: DevAgent, slot_directory: Path) -> Iterator[Fleet]:
     fleet = Fleet(agent, slot_directory)
     yield fleet
     fleet.close()
-
-
-@pytest.fixture
-def workers(agent: DevAgent, slot_directory: Path) -> Iterator[Workers]:
-    workers = Workers(agent, slot_directory)
-    yield workers
-    workers.close()
 
 
 @pytest.mark.timeout(600)

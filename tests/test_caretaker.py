@@ -19,26 +19,13 @@ from prometheus_client import CollectorRegistry
 from consul_prom import Worker, caretaker, slots
 from consul_prom.caretaker import Entry, Outcome, Verdict
 from consul_prom.client import AgentClient
-from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout, AgentUnreachable, EndpointError
 from consul_prom.settings import load
 from tests.services.waiting import wait_until
 from tests.workers import Workers, meta, put
 
 ME = os.getpid()
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
-
-
-@pytest.fixture
-def workers(agent: DevAgent, slot_directory: Path) -> Iterator[Workers]:
-    workers = Workers(agent, slot_directory)
-    yield workers
-    workers.close()
 
 
 def judge(entry: Entry, *, host: str = "web-1") -> Verdict:

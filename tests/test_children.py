@@ -4,14 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from consul_prom import slots
-from consul_prom.devagent import DevAgent, running
+from consul_prom.devagent import DevAgent
 from tests.workers import Workers
 
 SCRIPT = """
@@ -59,12 +58,6 @@ if __name__ == "__main__":
     print(json.dumps({"registered": worker.registered, "slot": worker.slot, "sockets": sorted(ours)}))
     worker.stop()
 """
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from consul_prom import __version__, cli, snippets
-from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.devagent import DevAgent, Fault
 from consul_prom.settings import ROWS
 from consul_prom.slots import process_identity
 from tests.services.consul import Consul
@@ -26,19 +26,6 @@ from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, Workers, meta, put
 
 Run = Callable[..., Result]
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
-
-
-@pytest.fixture
-def workers(agent: DevAgent, slot_directory: Path) -> Iterator[Workers]:
-    workers = Workers(agent, slot_directory)
-    yield workers
-    workers.close()
 
 
 @pytest.fixture

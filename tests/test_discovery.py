@@ -4,7 +4,6 @@ import asyncio
 import logging
 import ssl
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,11 @@ import trustme
 from prometheus_async.aio.web import start_http_server, start_http_server_in_thread
 
 from consul_prom import ConsulDiscovery
-from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.devagent import DevAgent, Fault
 from consul_prom.endpoint import route_address
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
 from tests.services.consul import Consul
 from tests.services.waiting import eventually, wait_until
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
 
 
 @pytest.fixture

@@ -7,32 +7,18 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from consul_prom import slots
-from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout
 from consul_prom.settings import Settings, load
 from consul_prom.undertaker import BUDGET, OFF, Undertaker
 from tests.conftest import MakeSettings
 from tests.services.waiting import wait_until
 from tests.workers import Workers, meta, put
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
-
-
-@pytest.fixture
-def workers(agent: DevAgent, slot_directory: Path) -> Iterator[Workers]:
-    workers = Workers(agent, slot_directory)
-    yield workers
-    workers.close()
 
 
 def settings_of(agent: DevAgent, directory: Path, **changes: str) -> Settings:

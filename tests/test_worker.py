@@ -22,7 +22,7 @@ from prometheus_client.core import GaugeMetricFamily
 
 import consul_prom
 from consul_prom import slots
-from consul_prom.devagent import DevAgent, Fault, running
+from consul_prom.devagent import DevAgent, Fault
 from consul_prom.endpoint import route_address
 from consul_prom.errors import EndpointError, SettingsError
 from consul_prom.worker import Worker
@@ -30,12 +30,6 @@ from tests.services.waiting import wait_until
 
 Make = Callable[..., Worker]
 FORKS = 50
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
 
 
 @pytest.fixture
