@@ -22,6 +22,8 @@ from consul_prom.devagent.state import State
 START_TIMEOUT = 5.0
 STOP_TIMEOUT = 5.0
 GRACE = 1.0
+TURNS = 3
+"""Of the loop, in which a connection that was accepted gets its transport and its protocol."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ class _Parts:
     api: Api
     checks: CheckRunner
     runner: web.ServerRunner
+    listener: socket.socket
     stopped: asyncio.Event
     reaper: asyncio.Task[None]
 
@@ -82,16 +85,17 @@ class DevAgent:
         runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=GRACE)
         await runner.setup()
         try:
-            await web.TCPSite(runner, self.host, self.port).start()
+            listener = socket.create_server((self.host, self.port), family=_family(self.host))
         except OSError:
             await runner.cleanup()
             raise
-        self.port = runner.addresses[0][1]
+        await web.SockSite(runner, listener).start()
+        self.port = listener.getsockname()[1]
         checks = CheckRunner(state, interval_at_least=self.check_interval_at_least)
         loop = asyncio.get_running_loop()
         state.changed = lambda: loop.call_soon_threadsafe(self._follow)
         self.state = state
-        self._parts = _Parts(api, checks, runner, asyncio.Event(), asyncio.create_task(self._reap(state)))
+        self._parts = _Parts(api, checks, runner, listener, asyncio.Event(), asyncio.create_task(self._reap(state)))
 
     async def aclose(self) -> None:
         """Stops as Consul does: blocked reads are answered with what is, then the connections end."""
@@ -104,6 +108,7 @@ class DevAgent:
         parts.reaper.cancel()
         await asyncio.gather(parts.reaper, return_exceptions=True)
         await parts.checks.aclose()
+        await _accept_no_more(parts.listener)
         await parts.runner.cleanup()
 
     async def kill(self) -> None:
@@ -111,6 +116,7 @@ class DevAgent:
         if self._parts is None:
             return
         runner = self._parts.runner
+        await _accept_no_more(self._parts.listener)
         for site in list(runner.sites):
             await site.stop()
         for connection in runner.server.connections if runner.server else ():
@@ -193,6 +199,19 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 def _await(coroutine: Coroutine[Any, Any, None], loop: asyncio.AbstractEventLoop, *, within: float) -> None:
     asyncio.run_coroutine_threadsafe(coroutine, loop).result(within)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+async def _accept_no_more(listener: socket.socket) -> None:
+    """Let those in who have been accepted: asyncio's server, closed meanwhile, would drop them unclosed."""
+    if listener.fileno() < 0:  # closed before
+        return
+    asyncio.get_running_loop().remove_reader(listener)
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
 
 
 def _reset(transport: asyncio.BaseTransport | None) -> None:
