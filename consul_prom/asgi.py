@@ -1,7 +1,6 @@
 """ASGI: one line around the application, ``app = consul_prom.asgi.instrument(app, service="shop")``."""
 
 import asyncio
-import atexit
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, ClassVar, Unpack
@@ -29,7 +28,7 @@ def instrument(
     """Serve and register each process that runs the result, and count its requests.
 
     The worker lives from the lifespan's startup to its shutdown. Where the server has lifespan off, it starts at the
-    first request and leaves when Python exits, which a process that a signal ends does not.
+    first request and leaves when the process ends.
 
     Raises:
         SettingsError: an argument is wrong, or *app* has been instrumented already.
@@ -61,7 +60,6 @@ class Instrumented:
         if not self._has_begun:
             self.worker.start(loop=asyncio.get_running_loop())
             self._has_begun = True
-            atexit.register(self.worker.stop)
         request = None
         if self.worker.request_metrics and scope["type"] in {"http", "websocket"}:
             request = self._requests.begin(scope.get("method", "GET"), lambda: of_scope(scope))

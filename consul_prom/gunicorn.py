@@ -71,10 +71,10 @@ def post_worker_init(worker: "GunicornWorker") -> None:
     ours = _Ours.workers[worker] = Worker()
     if ours.nameless:
         return  # the application may name itself; the master has said it
-    ours.start(keeps=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         if signal.getsignal(number) is signal.SIG_DFL:  # uvicorn's class: it dies of the signal once it has shut down
             signal.signal(number, _exit)
+    ours.start(keeps=False)
     if ours.slot is not None:
         try:
             logging.getLogger(LOG).addFilter(LogLines(REGISTRY))

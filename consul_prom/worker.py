@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Unpack
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
 
-from consul_prom import __version__
+from consul_prom import __version__, farewell
 from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
@@ -107,6 +107,7 @@ class Worker:
             with _Life.sharing:
                 self._life = _Life.shared(self._settings, self._registry)
                 self._life.start(loop)
+                farewell.expect(self.stop)
                 if not keeps:
                     self._left = True
                     self._life.leavers += 1
@@ -131,15 +132,16 @@ class Worker:
 
         *last*: the process ends, whoever else has not stopped.
         """
-        life, self._life = self._life, None
-        if life and life.mine:
-            with _Life.sharing:
-                life.users -= 1
-                life.leavers -= self._left
-                self._left = False
-                last = last or not life.users
-            if last:
-                life.stop()
+        with farewell.said(self.stop):
+            life, self._life = self._life, None
+            if life and life.mine:
+                with _Life.sharing:
+                    life.users -= 1
+                    life.leavers -= self._left
+                    self._left = False
+                    last = last or not life.users
+                if last:
+                    life.stop()
 
     def _await_registration(self, life: "_Life", timeout: float) -> None:
         ends_at = time.monotonic() + timeout

@@ -5,7 +5,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import fastapi
@@ -21,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 import consul_prom
+from consul_prom import farewell
 from consul_prom.asgi import Instrumented, instrument
 from consul_prom.devagent import DevAgent, running
 from consul_prom.errors import SettingsError
@@ -52,13 +52,10 @@ def arguments(registry: CollectorRegistry, slot_directory: Path) -> Arguments:
 
 
 @pytest.fixture(autouse=True)
-def _end_of_python(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _end_of_python() -> Iterator[None]:
     """For a worker that started without lifespan, Python exits at the end of its test."""
-    stops: list[Callable[[], None]] = []
-    monkeypatch.setattr("consul_prom.asgi.atexit", SimpleNamespace(register=stops.append))
     yield
-    for stop in stops:
-        stop()
+    farewell._say_all()
 
 
 class Server:

@@ -4,8 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -140,6 +143,15 @@ def test_script(consul: Consul, slot_directory: Path, end: str) -> None:
     assert not entries(consul)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_stopped_script(consul: Consul, slot_directory: Path, number: int) -> None:
+    """Nor does one that is told to end, which it does as if we were not there."""
+    with script(consul, slot_directory) as process:
+        process.send_signal(number)
+        assert process.wait(DEADLINE) == -number
+    assert not entries(consul)
+
+
 def test_killed_script(consul: Consul, slot_directory: Path) -> None:
     """What a killed job leaves, another that runs removes."""
     with script(consul, slot_directory) as killed, script(consul, slot_directory) as other:
@@ -173,6 +185,20 @@ def test_pool(consul: Consul, serve: Callable[..., Server], tmp_path: Path, meth
     assert not entries(consul)
 
 
+@pytest.mark.parametrize("end", ["terminate", "close"])
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_end_of_pool(consul: Consul, serve: Callable[..., Server], tmp_path: Path, method: str, end: str) -> None:
+    """The processes of a pool that ends, of itself or told by its ``with``, leave no entry."""
+    file = tmp_path / "pool.py"
+    loop = POOL.replace("{method}", method).replace("while True:", "while not os.path.exists('over'):")
+    file.write_text(loop + f"        pool.{end}()\n        pool.join()\n")
+    server = serve(str(file), count=3)
+    (server.directory / "over").touch()
+    wait_until(lambda: not server.running, within=DEADLINE, what="its end")
+    assert not entries(consul)
+    assert "Traceback" not in server.log.read_text()
+
+
 SERVERS = {
     "uvicorn": ("-m", "uvicorn", "tests.e2e.set_up:asgi", "--host={address}", "--port=8000", "--workers=2"),
     "hypercorn": ("-m", "hypercorn", "tests.e2e.set_up:asgi", "--bind={address}:8000", "--workers=2"),
@@ -187,6 +213,18 @@ def test_supervised(consul: Consul, serve: Callable[..., Server], arguments: Seq
     os.kill(server.pid, number)
     wait_until(lambda: not server.running, within=DEADLINE, what="its end")
     assert not entries(consul)
+
+
+def test_supervised_and_blocked(consul: Consul, serve: Callable[..., Server]) -> None:
+    """A worker that Hypercorn ends by SIGTERM, as it does when the first of them has left, says farewell itself."""
+    server = serve(*SERVERS["hypercorn"], count=2)
+    blocked = ThreadPoolExecutor(1).submit(server.call, "/block?seconds=20", timeout=DEADLINE)
+    time.sleep(0.5)  # it shall have arrived
+    os.kill(server.pid, signal.SIGTERM)
+    wait_until(lambda: not server.running, within=DEADLINE, what="its end")
+    assert not entries(consul)
+    with pytest.raises((OSError, HTTPException)):
+        blocked.result(DEADLINE)
 
 
 @pytest.mark.parametrize("arguments", SERVERS.values(), ids=SERVERS.keys())

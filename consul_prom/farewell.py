@@ -1,0 +1,78 @@
+"""What is due before this process ends: when Python exits, or by SIGTERM where nobody else handles that.
+
+Supervisors end a process by SIGTERM, and one that does not handle it, as most scripts, the processes of a
+multiprocessing pool and Hypercorn's workers, would die without a word. It dies of the signal all the same, a little
+later.
+"""
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+Stop = Callable[[], None]
+
+_due: Final[list[Stop]] = []
+_under_way: Final[list[Stop]] = []
+_signalled: Final[list[int]] = []
+
+
+def expect(stop: Stop) -> None:
+    """*stop* is due from now on, until `said`. It must be bounded in time, and do nothing where it is called again."""
+    _due.append(stop)
+    if util := sys.modules.get("multiprocessing.util"):
+        util.Finalize(None, _say_all, exitpriority=0)  # a forked child of multiprocessing's ends without atexit
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _handle(_end)
+
+
+@contextmanager
+def said(stop: Stop) -> Iterator[None]:
+    """While this lasts *stop* is done, which SIGTERM does not break off; it is not due any more."""
+    _under_way.append(stop)
+    try:
+        yield
+    finally:
+        if stop in _due:
+            _due.remove(stop)
+        if not _due and signal.getsignal(signal.SIGTERM) is _end:
+            _handle(signal.SIG_DFL)
+        _under_way.remove(stop)
+        if _signalled and not _under_way:
+            os.kill(os.getpid(), _signalled.pop())
+
+
+def _end(number: int, _frame: object) -> None:
+    if _under_way:
+        _signalled.append(number)
+        return
+    try:
+        _say_all()
+    finally:
+        _handle(signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def _say_all() -> None:
+    for stop in _due:
+        stop()
+
+
+def _handle(handler: "Callable[[int, object], None] | signal.Handlers") -> None:
+    with suppress(ValueError):  # only the main thread may
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _forget() -> None:
+    """A forked child is not the worker: it ends as if we were not there."""
+    for due in (_due, _under_way, _signalled):
+        due.clear()
+    if signal.getsignal(signal.SIGTERM) is _end:
+        _handle(signal.SIG_DFL)
+
+
+atexit.register(_say_all)
+os.register_at_fork(after_in_child=_forget)
