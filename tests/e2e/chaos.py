@@ -24,7 +24,9 @@ from tests.services.waiting import wait_until
 WORKERS = 8
 TOKEN = "6f1c2c5e-0b52-4f8e-9d3b-2f6d8c1a7e44"
 PACE = 0.02
-EXCUSE = 3.0
+BEFORE, AFTER = 3.0, 0.5
+"""Seconds around a worker's end in which it drops connections: idle ones when it begins to stop, which takes
+STOP_TIMEOUT longer while the agent hangs, the others when it ends."""
 
 
 @dataclass
@@ -55,16 +57,42 @@ class Clients:
                 self.failures.append((time.monotonic(), repr(error)))
 
 
-class Chaos:
-    """The stage and what can go wrong on it.
+@dataclass
+class Ends:
+    """When workers really ended, whatever was the reason: `at`."""
 
-    `incidents` are the times at which a worker was killed or replaced, which may drop connections that it had accepted.
-    """
+    shop: Gunicorn
+    at: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        over = threading.Event()
+        thread = threading.Thread(target=self._note, args=(over,))
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _note(self, over: threading.Event) -> None:
+        before = self.shop.workers()
+        while not over.wait(PACE):
+            now = {pid for pid in before | self.shop.workers() if Path(f"/proc/{pid}").exists()}
+            self.at += [time.monotonic()] * len(before - now)
+            before = now
+
+    def excuse(self, when: float) -> bool:
+        """Whether the end of a worker may explain that a client was disappointed."""
+        return any(end - BEFORE < when < end + AFTER for end in self.at)
+
+
+class Chaos:
+    """The stage and what can go wrong on it."""
 
     def __init__(self, seed: int, *, enabled: bool) -> None:
         self.random = random.Random(seed)
         self.enabled = enabled
-        self.incidents: list[float] = []
         self.done: list[str] = []
         self.extra = 0
         self._stack = ExitStack()
@@ -82,6 +110,7 @@ class Chaos:
         scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
         self.prometheus = enter(Prometheus(scrape))
         self.clients = Clients(self.shop)
+        self.ends = Ends(self.shop)
         self.calm()
         return self
 
@@ -122,7 +151,7 @@ class Chaos:
             *(self.kill_worker, self.kill_agent, self.reload, self.more, self.fewer),
             *(self.hang, self.reset, self.refuse, self.deregister, self.confuse),
         ]
-        with self.clients.asking():
+        with self.ends.noted(), self.clients.asking():
             for step in itertools.count():
                 if time.monotonic() > ends:
                     break
@@ -136,9 +165,6 @@ class Chaos:
             while self.extra:
                 (self.fewer if self.extra > 0 else self.more)()
             self.calm()
-
-    def incident(self) -> None:
-        self.incidents.append(time.monotonic())
 
     def tell(self, number: signal.Signals) -> None:
         """A signal to the master, which two of a kind would reach as one."""
@@ -155,7 +181,6 @@ class Chaos:
         """SIGKILL of a worker."""
         with suppress(ProcessLookupError):
             os.kill(self.random.choice(sorted(self.shop.workers())), signal.SIGKILL)
-        self.incident()
 
     def kill_agent(self) -> None:
         """SIGKILL of the agent, which comes back with its data."""
@@ -168,9 +193,7 @@ class Chaos:
         before = self.shop.workers()
         self.tell(signal.SIGHUP)
         self.extra = 0
-        self.incident()
         wait_until(lambda: not before & self.shop.workers(), within=60, what="new workers")
-        self.incident()
 
     def more(self) -> None:
         """One worker more."""
@@ -181,7 +204,6 @@ class Chaos:
         """One worker less."""
         self.tell(signal.SIGTTOU)
         self.extra -= 1
-        self.incident()
 
     def hang(self) -> None:
         """The agent takes what is asked and does not answer."""
@@ -209,9 +231,5 @@ class Chaos:
             self.consul.call(f"/v1/agent/service/deregister/{self.random.choice(found)}", method="PUT")
 
     def unexcused(self) -> list[tuple[float, str]]:
-        """The failures of clients that no kill or replacement of a worker explains."""
-        return [
-            failure
-            for failure in self.clients.failures
-            if not any(-EXCUSE < failure[0] - incident < EXCUSE for incident in self.incidents)
-        ]
+        """The failures of clients that no end of a worker explains."""
+        return [failure for failure in self.clients.failures if not self.ends.excuse(failure[0])]

@@ -1,10 +1,11 @@
 """Whatever happens, and in whatever order: when it is over, the targets are the live workers, and nothing leaks."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.e2e.chaos import TOKEN, WORKERS, Chaos
+from tests.e2e.chaos import TOKEN, WORKERS, Chaos, Clients, Ends
 from tests.services.waiting import wait_until
 
 
@@ -17,7 +18,10 @@ def test_chaos(seed: int, seconds: float) -> None:
     """After random faults the targets are the live workers; no request failed, and nothing was left, because of us."""
     with Chaos(seed, enabled=True) as chaos:
         chaos.rage(seconds)
-        print(f"seed {seed}: {len(chaos.done)} faults, {chaos.clients.asked} requests, {chaos.clients.failures}")
+        print(
+            f"seed {seed}: {len(chaos.done)} faults, {len(chaos.ends.at)} ends,"
+            f" {chaos.clients.asked} requests, {chaos.clients.failures}"
+        )
         assert not chaos.unexcused()
         instances = sorted(entry["Meta"]["instance"] for entry in chaos.entries().values())
         try:
@@ -41,6 +45,15 @@ def test_chaos(seed: int, seconds: float) -> None:
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
         assert TOKEN not in log
         assert "Traceback" not in log, log[-5000:]
+
+
+def test_excuse() -> None:
+    """A client's failure counts unless a worker ended about then."""
+    chaos = Chaos(1, enabled=True)
+    nothing: Any = None
+    chaos.ends, chaos.clients = Ends(nothing, at=[100.0, 200.0]), Clients(nothing)
+    chaos.clients.failures = [(when, "") for when in (96.9, 97.1, 100.4, 100.6, 150.0, 199.9)]
+    assert [when for when, _error in chaos.unexcused()] == [96.9, 100.6, 150.0]
 
 
 def _links(pid: int) -> list[str]:
