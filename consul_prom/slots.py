@@ -42,12 +42,9 @@ class Slot:
         _note(self.lock, " ".join((str(os.getpid()), str(process_identity(os.getpid())), *hosts)))
 
     @property
-    def note(self) -> str:
+    def note(self) -> "Note | None":
         """What the slot's file says of who may have left an entry: the last holder that did not settle."""
-        try:
-            return Path(self.lock.lock_file).read_text(encoding="ascii")
-        except (OSError, ValueError):
-            return ""
+        return _read(Path(self.lock.lock_file))
 
     @property
     def intact(self) -> bool:
@@ -188,7 +185,7 @@ def _note(lock: FileLock, text: str) -> None:
         os.pwrite(_descriptor(lock), text.encode(), 0)
 
 
-class _Note(NamedTuple):
+class Note(NamedTuple):
     """What a lock file says of the process that holds it, or held it at last."""
 
     pid: int
@@ -201,10 +198,10 @@ class _Note(NamedTuple):
         return is_gone(self.pid, self.identity)
 
 
-def _read(path: Path) -> _Note | None:
+def _read(path: Path) -> Note | None:
     try:
         pid, identity, *hosts = path.read_text(encoding="ascii").split()
-        return _Note(int(pid), identity, tuple(hosts))
+        return Note(int(pid), identity, tuple(hosts))
     except (OSError, ValueError):
         return None
 

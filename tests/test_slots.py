@@ -253,11 +253,11 @@ class TestRemains:
         """Who has a slot notes the agent's addresses with it, and settles all at once."""
         slot = acquire(slot_directory, "shop")
         slot.occupy(["10.0.0.1"])
-        assert slot.note.split() == [str(os.getpid()), process_identity(os.getpid()), "10.0.0.1"]
+        assert list(slot.note or ()) == [os.getpid(), process_identity(os.getpid()), ("10.0.0.1",)]
         slot.settle()
-        assert slot.note == ""
+        assert slot.note is None
         slots.path_of(slot_directory, "shop", 0).unlink()
-        assert slot.note == ""
+        assert slot.note is None
 
     @pytest.mark.parametrize("text", ["", "1", "x y", "1 a.b", "1 a.b.c.d", "\u00e9 \u00e9", "1 None"])
     def test_odd_files(self, slot_directory: Path, text: str) -> None:
