@@ -47,6 +47,7 @@ def on_starting(server: "Arbiter") -> None:
     """In the master, before any worker: what all of them would import is imported once, unless gevent must be first."""
     if "gevent" not in server.cfg.worker_class_str:
         _preload()
+    _look_for_others(server.cfg)
     _Ours.masters[server] = Master(uid=server.cfg.uid, gid=server.cfg.gid)
 
 
@@ -68,6 +69,8 @@ def post_worker_init(worker: "GunicornWorker") -> None:
     """
     from consul_prom.worker import Worker
 
+    if not _is_ours(worker.cfg.on_starting):
+        _look_for_others(worker.cfg)  # the master could not
     ours = _Ours.workers[worker] = Worker()
     if ours.nameless:
         return  # the application may name itself; the master has said it
@@ -129,7 +132,7 @@ def install(namespace: MutableMapping[str, Any]) -> None:
 def _chained(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
     if theirs is None:
         return ours
-    if getattr(theirs, "__wrapped__", theirs) in _OURS:
+    if _is_ours(theirs):
         return theirs  # type: ignore[no-any-return]
     hook: Callable[..., None] = pkgutil.resolve_name(theirs) if isinstance(theirs, str) else theirs
 
@@ -140,6 +143,20 @@ def _chained(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
         second(*arguments)
 
     return both
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "__wrapped__", hook) in _OURS
+
+
+def _look_for_others(config: Any) -> None:
+    """Say which of our hooks were replaced after `install`, which nothing but this would tell."""
+    replaced = [ours.__name__ for ours in _OURS if not _is_ours(getattr(config, ours.__name__))]
+    if replaced:
+        log.warning(
+            "consul_prom.gunicorn.install(globals()) must be the last line of gunicorn.conf.py: %s replaced by it",
+            ", ".join(replaced) + (" was" if len(replaced) == 1 else " were"),
+        )
 
 
 def _configuration(path: Path) -> dict[str, Any]:

@@ -86,6 +86,25 @@ def test_install_twice() -> None:
     assert namespace["on_exit"] is hooks.on_exit
 
 
+@pytest.mark.parametrize(
+    ("replaced", "told"),
+    [
+        ((), ""),
+        (("worker_exit",), "worker_exit was replaced by it"),
+        (("on_starting", "child_exit"), "on_starting, child_exit were replaced by it"),
+    ],
+)
+def test_replaced(caplog: pytest.LogCaptureFixture, replaced: tuple[str, ...], told: str) -> None:
+    """A hook that a later line of the file puts in the place of ours is told, since nothing else would tell."""
+    names: dict[str, Any] = {}
+    hooks.install(names)
+    config = Config()
+    for name, hook in (names | dict.fromkeys(replaced, lambda *_arguments: None)).items():
+        config.settings[name].value = hook
+    hooks._look_for_others(config)
+    assert [record.getMessage().partition("gunicorn.conf.py: ")[2] for record in caplog.records] == [told] * bool(told)
+
+
 def test_hook_by_name() -> None:
     """A hook that is named rather than given, as Gunicorn allows, is called too."""
     namespace: dict[str, Any] = {"on_exit": "tests.test_gunicorn.their_on_exit"}

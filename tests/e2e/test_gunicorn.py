@@ -165,6 +165,23 @@ def test_configuration_file(consul: Consul, *, installed: bool) -> None:
         assert {int(pid) for pid in (shop.directory / "exits").read_text().split()} == workers
 
 
+@pytest.mark.parametrize("name", ["on_starting", "post_worker_init", "worker_exit"])
+def test_installed_first(consul: Consul, name: str) -> None:
+    """A hook that a later line replaces is told of, and the entries are gone all the same when the server ends."""
+    shop = server(consul, *AIOHTTP, "-c=gunicorn.conf.py")
+    (shop.directory / "gunicorn.conf.py").write_text(
+        f"import consul_prom\nconsul_prom.gunicorn.install(globals())\ndef {name}(*_): ...\n".replace(
+            "*_", "worker" if name == "post_worker_init" else "server" + ", worker" * (name == "worker_exit")
+        )
+    )
+    with shop:
+        served = WORKERS * (name != "post_worker_init")
+        wait_until(lambda: len(workers_of(entries(consul))) == served, within=DEADLINE, what="the entries")
+        shop.stop()
+        assert not entries(consul)
+        assert f"last line of gunicorn.conf.py: {name} was replaced by it" in shop.log.read_text()
+
+
 def test_no_service(consul: Consul) -> None:
     """Without a service the hooks say so once, and serve nobody."""
     with server(consul, *AIOHTTP, CONSUL_PROM_SERVICE="") as shop:

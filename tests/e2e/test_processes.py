@@ -79,9 +79,11 @@ class Server(Program):
     def pids(self) -> set[int]:
         return set(workers_of(entries(self._consul)).values())
 
-    def sweep(self) -> None:
-        """The command, as an operator or an `ExecStopPost=` runs it."""
-        subprocess.run([sys.executable, "-m", "consul_prom", "deregister"], env=self._env, check=True, cwd=ROOT)
+    def sweep(self, *options: str) -> str:
+        """The command as systemd's ExecStopPost=, or a preStop of Kubernetes', runs it: by path, with nothing about."""
+        command = [str(Path(sys.executable).with_name("consul-prom")), "deregister", "--service=shop", *options]
+        environment = {name: value for name, value in self._env.items() if name.startswith("CONSUL_")}
+        return subprocess.run(command, env=environment, check=True, cwd="/", capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,16 @@ def test_run_app(consul: Consul, serve: Callable[..., Server], number: int) -> N
     wait_until(lambda: not server.running, within=DEADLINE, what="its end")
     if number == signal.SIGKILL:
         assert entries(consul)
-        server.sweep()
+        assert "1 removed" in server.sweep()
+    assert not entries(consul)
+
+
+def test_pre_stop(consul: Consul, serve: Callable[..., Server]) -> None:
+    """Told to remove all of this host and service, alive or not, the command says that the living come back."""
+    server = serve("-m", "tests.e2e.set_up", "{address}")
+    assert "registers again" in server.sweep("--all")
+    wait_until(server.pids, within=DEADLINE, what="its entry again")
+    assert server.stop() == 0
     assert not entries(consul)
 
 
@@ -225,6 +236,16 @@ def test_supervised_and_blocked(consul: Consul, serve: Callable[..., Server]) ->
     assert not entries(consul)
     with pytest.raises((OSError, HTTPException)):
         blocked.result(DEADLINE)
+
+
+def test_reloader(consul: Consul, serve: Callable[..., Server]) -> None:
+    """When a file changes, the reloader's next process has the entry, and a stop leaves none."""
+    server = serve(*(part for part in SERVERS["uvicorn"] if part != "--workers=2"), "--reload")
+    (before,) = server.pids()
+    (server.directory / "gunicorn.conf.py").touch()
+    wait_until(lambda: server.pids() and before not in server.pids(), within=DEADLINE, what="the next process")
+    assert server.stop() == 0
+    assert not entries(consul)
 
 
 @pytest.mark.parametrize("arguments", SERVERS.values(), ids=SERVERS.keys())
