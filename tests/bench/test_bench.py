@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bench import footprint, rest, scale, start
+from tests.bench import footprint, rest, scale, start, stop
 from tests.services.binaries import require
 
 
@@ -42,3 +42,13 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
     scale.main(0.3, sizes=[2, 5], intervals=[1], settle=0.2)
     rows = re.findall(r"^ +([25]) +1 s +[0-9.]+ s +0, 0 .* (\d+) +\d+$", capsys.readouterr().out, re.MULTILINE)
     assert rows == [("2", "0"), ("5", "0")] * 2
+
+
+@pytest.mark.timeout(240)
+def test_stop(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bench of stops prints a row a model and state of the agent."""
+    require("consul")
+    monkeypatch.setattr(stop, "MODELS", {"sync": stop.MODELS["sync"]})
+    stop.main(1)
+    rows = re.findall(r"^sync +(is well|hangs) +(?:-?[0-9.]+ *){4}$", capsys.readouterr().out, re.MULTILINE)
+    assert rows == ["is well", "hangs"]
