@@ -55,19 +55,29 @@ class Watch:
 
     def until_ended(self) -> None:
         """Until all of them have ended, whatever they leave."""
-        for handle in self._handles.values():
-            assert select.select([handle], [], [], DEADLINE)[0], "it has not ended"
+
+        def ended() -> bool:
+            self.look()
+            return len(self._ended) == len(self.pids)
+
+        wait_until(ended, within=DEADLINE, every=0.005, what="their end")
 
     def until_gone(self, count: int) -> list[Gone]:
         """Until *count* of them have ended, and no entry names one of those."""
+
+        def gone() -> bool:
+            self.look()
+            return len(self._ended) >= count and set(self._ended) <= set(self._gone)
+
         try:
-            wait_until(lambda: self._look(count), within=DEADLINE, every=0.005, what="their entries gone")
+            wait_until(gone, within=DEADLINE, every=0.005, what="their entries gone")
         except AssertionError as error:
             log = f"ended {self._ended}, gone {self._gone}, of {self.entry_of}\n{self._log()[-5000:]}"
             raise AssertionError(f"{error}: {log}") from None
         return [Gone(self._gone[pid] - ended, self._layer(pid)) for pid, ended in self._ended.items()]
 
-    def _look(self, count: int) -> bool:
+    def look(self) -> None:
+        """Note who has ended, and whose entry is gone."""
         for pid, handle in self._handles.items():
             if pid not in self._ended and select.select([handle], [], [], 0)[0]:
                 self._ended[pid] = time.monotonic()
@@ -75,7 +85,6 @@ class Watch:
         for pid in self.pids:
             if pid not in self._gone and str(pid) not in named:
                 self._gone[pid] = now
-        return len(self._ended) >= count and set(self._ended) <= set(self._gone)
 
     def _layer(self, pid: int) -> str:
         own, log = re.escape(self.entry_of[pid]), self._log()
@@ -121,7 +130,12 @@ def to_master(number: int) -> Act:
 def scale_down(watch: Watch) -> None:
     """One less, and one more for the next exit."""
     os.kill(watch.server.pid, signal.SIGTTOU)
-    wait_until(lambda: len(watch.server.workers()) < WORKERS, within=DEADLINE, what="one worker less")
+
+    def fewer() -> bool:
+        watch.look()
+        return len(watch.server.workers()) < WORKERS
+
+    wait_until(fewer, within=DEADLINE, every=0.005, what="one worker less")
     os.kill(watch.server.pid, signal.SIGTTIN)
 
 
@@ -129,6 +143,7 @@ def wear_out(watch: Watch) -> None:
     for _ in range(4 * MAX_REQUESTS):
         with suppress(OSError, http.client.HTTPException):
             watch.server.call("/pid", timeout=5)
+        watch.look()
 
 
 def stand_still(watch: Watch) -> None:

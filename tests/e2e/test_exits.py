@@ -152,7 +152,8 @@ def leave(consul: Consul, shop: Shop, model: str, name: str) -> list[Gone]:
         if name in OF_MASTERS and name != "USR2 and QUIT" and not (has_hooks or clean(model, name)):
             watch.until_ended()
             subprocess.run([sys.executable, "-m", "consul_prom", "deregister"], env=shop.environment, check=True)
-            return [gone._replace(layer="command") for gone in watch.until_gone(way.number)]
+            seen = watch.until_gone(way.number)  # there was no successor
+            return [gone._replace(layer="command") if gone.layer == "successor" else gone for gone in seen]
         return watch.until_gone(way.number)
 
 
