@@ -21,7 +21,9 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY
 
+from consul_prom.errors import SettingsError
 from consul_prom.master import Master
+from consul_prom.settings import load
 from consul_prom.slots import process_identity
 from consul_prom.tally import LOG, LogLines
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from gunicorn.arbiter import Arbiter
     from gunicorn.workers.base import Worker as GunicornWorker
 
+    from consul_prom.settings import Arguments
     from consul_prom.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ def post_worker_init(worker: "GunicornWorker") -> None:
 
     if not _is_ours(worker.cfg.on_starting):
         _look_for_others(worker.cfg)  # the master could not
-    ours = _Ours.workers[worker] = Worker()
+    ours = _Ours.workers[worker] = Worker(**_bounds(worker.cfg))
     if ours.nameless:
         return  # the application may name itself; the master has said it
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -83,6 +86,15 @@ def post_worker_init(worker: "GunicornWorker") -> None:
             logging.getLogger(LOG).addFilter(LogLines(REGISTRY))
         except ValueError as error:
             log.warning("the lines of Gunicorn's log are not counted: %s", error)
+
+
+def _bounds(config: Any) -> "Arguments":
+    """A stop takes a third at most of what Gunicorn gives a worker: the rest is the application's."""
+    try:
+        longest = load({}).stop_timeout
+    except SettingsError:
+        return {}  # the worker says it
+    return {"stop_timeout": min(longest, *(each / 3 for each in (config.graceful_timeout, config.timeout) if each))}
 
 
 def _exit(_number: int, _frame: object) -> None:

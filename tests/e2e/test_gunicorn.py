@@ -190,6 +190,25 @@ def test_no_service(consul: Consul) -> None:
         assert shop.log.read_text().count("CONSUL_PROM_SERVICE") == 1
 
 
+@pytest.mark.parametrize("model", [AIOHTTP, MODELS["sync"]], ids=["aiohttp", "sync"])
+def test_reload(consul: Consul, tmp_path: Path, model: tuple[str, ...]) -> None:
+    """When a file changes, the entries are those of the workers that the reloader's exits made room for."""
+    watched = tmp_path / "watched"
+    watched.touch()
+    with server(consul, *model[:2], "--reload", f"--reload-extra-file={watched}") as shop:
+        wait_until(lambda: settled(consul, shop), within=DEADLINE, what="the entries")
+        before = shop.workers()
+
+        def renewed() -> bool:
+            if before & shop.workers():
+                watched.touch()
+            return settled(consul, shop) and not before & shop.workers()
+
+        wait_until(renewed, within=DEADLINE, what="the next workers' entries")
+        shop.stop()
+        assert not entries(consul)
+
+
 def test_required(consul: Consul) -> None:
     """Where consul-prom is required, a worker that cannot be registered does not come up, and the server says why."""
     shop = server(
@@ -216,3 +235,19 @@ def test_hanging_agent() -> None:
         assert shop.get("/pid")
         shop.stop(within=40)
         agent.resume()
+
+
+@pytest.mark.parametrize("model", [AIOHTTP, MODELS["sync"]], ids=["aiohttp", "sync"])
+def test_short_grace(model: tuple[str, ...]) -> None:
+    """While the agent hangs, no worker is killed for our sake, however long STOP_TIMEOUT is."""
+    agent = Consul()
+    shop = server(agent, *model, "--graceful-timeout=3", CONSUL_PROM_STOP_TIMEOUT="20")
+    (shop.directory / "gunicorn.conf.py").write_text(CONFIGURATION)
+    with agent, shop:
+        wait_until(lambda: settled(agent, shop), within=DEADLINE, what="the entries")
+        workers = shop.workers()
+        agent.pause()
+        os.kill(shop.pid, signal.SIGQUIT)
+        wait_until(lambda: not shop.running, within=DEADLINE, what="its end")
+        assert len(re.findall(r"shop\.\S+\.\d may still be registered", shop.log.read_text())) == WORKERS
+        assert {int(pid) for pid in (shop.directory / "exits").read_text().split()} == workers
