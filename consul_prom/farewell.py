@@ -2,7 +2,7 @@
 
 Supervisors end a process by SIGTERM, and one that does not handle it, as most scripts, the processes of a
 multiprocessing pool and Hypercorn's workers, would die without a word. It dies of the signal all the same, a little
-later.
+later; as with any handler of Python's, not before the main thread is back from what it does in C.
 """
 
 import atexit
