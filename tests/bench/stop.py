@@ -3,7 +3,7 @@
     python -m tests.bench.stop [rounds]
 
 Seconds from SIGQUIT to the master's end, which no loop that looks each second hides, interleaved: medians, and the
-worst. What is added is bounded by STOP_TIMEOUT, 2 s.
+worst. What is added is bounded by STOP_TIMEOUT, 2 s, for the workers, and half a second for their master.
 """
 
 import os
