@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bench import footprint, rest, scale, start
+from tests.bench import footprint, port, rest, scale, start
 from tests.services.binaries import require
 
 
@@ -42,3 +42,14 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
     scale.main(0.3, sizes=[2, 5], intervals=[1], settle=0.2)
     rows = re.findall(r"^ +([25]) +1 s +[0-9.]+ s +0, 0 .* (\d+) +\d+$", capsys.readouterr().out, re.MULTILINE)
     assert rows == [("2", "0"), ("5", "0")] * 2
+
+
+def test_port(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of those who should not be there prints a row for the calm and for each of them."""
+    port.main(0.5, rounds=1)
+    assert re.findall(r"^(\w+) .* ms .* ms +\d+ of \d+ ", capsys.readouterr().out, re.MULTILINE) == [
+        "calm",
+        "crowd",
+        "loris",
+        "scanner",
+    ]
