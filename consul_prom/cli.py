@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from consul_prom import __version__, caretaker, snippets
+from consul_prom import __version__, caretaker, dashboard, rules, snippets
 from consul_prom.caretaker import Entry, Outcome, Verdict
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentConfused, AgentTimeout, AgentUnreachable, ConsulPromError, SettingsError
@@ -236,10 +236,25 @@ def config_acl(settings: Settings) -> None:
 
 @config.command("prometheus")
 @click.option("--all-services", is_flag=True, help="One job section for whatever consul-prom registers, by its tag.")
-@_reads("service", "consul_service")
-def config_prometheus(settings: Settings, *, all_services: bool) -> None:
+@click.option("--datacenter", default="", metavar="NAME", help="Consul's datacenter; the agent's own unless set.")
+@_reads("service", "consul_service", "web_config")
+def config_prometheus(settings: Settings, *, all_services: bool, datacenter: str) -> None:
     """Print the scrape configuration for Prometheus; the agent is not asked."""
-    click.echo(snippets.prometheus(settings, all_services=all_services), nl=False)
+    click.echo(snippets.prometheus(settings, all_services=all_services, datacenter=datacenter), nl=False)
+
+
+@config.command("rules")
+@_reads("service", "consul_service")
+def config_rules(settings: Settings) -> None:
+    """Print recording rules and alerts for Prometheus; the agent is not asked."""
+    click.echo(rules.rules(settings), nl=False)
+
+
+@config.command("grafana")
+@_reads("service")
+def config_grafana(settings: Settings) -> None:
+    """Print a dashboard for Grafana; the agent is not asked."""
+    click.echo(dashboard.grafana(settings), nl=False)
 
 
 @config.command("settings")

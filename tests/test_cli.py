@@ -100,7 +100,9 @@ def test_commands() -> None:
     assert set(commands) == {
         "agent",
         "config acl",
+        "config grafana",
         "config prometheus",
+        "config rules",
         "config settings",
         "demo",
         "deregister",
@@ -500,7 +502,17 @@ def test_config_prometheus(run: Run, agent: DevAgent) -> None:
     )
     assert "services: [tea]" in run("config", "prometheus", "--service=shop", "--consul-service=tea").stdout
     assert "tags: [consul-prom]" in run("config", "prometheus", "--all-services").stdout
+    assert "datacenter: dc2" in run("config", "prometheus", "--service=shop", "--datacenter=dc2").stdout
+    assert "workers-ca.pem" in run("config", "prometheus", "--service=shop", "--web-config=/w.yml").stdout
     assert not agent.requests
+
+
+def test_config_rules_and_grafana(run: Run) -> None:
+    """Rules are those of the service, and a dashboard can be had without one."""
+    assert 'job="tea"' in run("config", "rules", CONSUL_PROM_SERVICE="tea").stdout
+    assert json.loads(run("config", "grafana").stdout)["uid"] == "consul-prom"
+    assert '"value": "tea"' in run("config", "grafana", "--service=tea").stdout
+    assert run("config", "rules").exit_code == 2
 
 
 def test_config_prometheus_without_service(run: Run) -> None:

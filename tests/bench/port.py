@@ -2,9 +2,9 @@
 
 python -m tests.bench.port [seconds]
 
-Each round measures a calm and then each attack: how long a scrape on a connection of its own takes, how many fail, and how
-many descriptors the process holds at most. The application computes without end, so a scrape waits for its turn in the
-calm, too. The attackers are a process of their own on the same machine, and take their part of its processors.
+Each round measures a calm and then each attack: how long a scrape on a connection of its own takes, how many fail, and
+how many descriptors the process holds at most. The application computes without end, so a scrape waits for its turn in
+the calm, too. The attackers are a process of their own on the same machine, and take their part of its processors.
 """
 
 import http.client

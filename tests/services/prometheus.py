@@ -92,13 +92,28 @@ class Prometheus(Program):
 
 def promtool_check_config(text: str) -> None:
     """Let `promtool check config` read the text; PromtoolRefusal if it is wrong."""
+    _promtool("check", "config", files={"prometheus.yml": text})
+
+
+def promtool_check_rules(text: str) -> None:
+    """Let `promtool check rules` read the text, and lint it; PromtoolRefusal if it is wrong."""
+    _promtool("check", "rules", "--lint=all", "--lint-fatal", files={"rules.yml": text})
+
+
+def promtool_test_rules(text: str, *tests: Mapping[str, Any]) -> None:
+    """Let `promtool test rules` run *tests*, as in its `tests:`, on rules; PromtoolRefusal if one fails."""
+    cases = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "fuzzy_compare": True, "tests": list(tests)}
+    _promtool("test", "rules", files={"tests.yml": yaml.safe_dump(cases), "rules.yml": text})
+
+
+def _promtool(*arguments: str, files: Mapping[str, str]) -> None:
+    """With the first of *files*; the others lie beside it."""
     promtool = require("promtool")
     with tempfile.TemporaryDirectory(prefix="promtool-") as folder:
-        file = Path(folder, "prometheus.yml")
-        file.write_text(text)
-        done = subprocess.run(
-            [promtool, "check", "config", file], capture_output=True, text=True, timeout=60, check=False
-        )
+        for name, text in files.items():
+            Path(folder, name).write_text(text)
+        command = [str(promtool), *arguments, next(iter(files))]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise PromtoolRefusal(done.stdout + done.stderr)
 
