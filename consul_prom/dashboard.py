@@ -46,6 +46,8 @@ _RENDERING: Final = (
     f"/ rate(consul_prom_scrape_duration_seconds_count{{{_ALL}}}[$__rate_interval]))"
 )
 
+_FAILED: Final = _rate("http_requests_total", "route", ', status=~"5.."')
+
 ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
     "At a glance": (
         Panel("Workers up", "", "none", ((f"count(up{{{_ALL}}} == 1)", ""),), 4, "stat"),
@@ -69,7 +71,7 @@ ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
             "Errors by route",
             "Answers 5xx.",
             "reqps",
-            ((_rate("http_requests_total", "route", ', status=~"5.."'), "{{route}}"),),
+            ((f"{_FAILED} or 0 * {_rate('http_requests_total', 'route')}", "{{route}}"),),
         ),
         Panel("Median by route", "", "s", ((_quantile(0.5, "route"), "{{route}}"),)),
         Panel("99th percentile by route", "", "s", ((_quantile(0.99, "route"), "{{route}}"),)),
@@ -127,21 +129,16 @@ ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
     "Registration and scrapes": (
         Panel(
             "Registrations by reason",
-            "start: a worker began; lost, changed: somebody else took or edited the entry.",
+            "Since the workers began. start: one began; lost, changed: somebody took or edited the entry.",
             "none",
-            ((f"sum by (reason) (increase(consul_prom_registrations_total{{{_ALL}}}[1h]))", "{{reason}}"),),
+            ((f"sum by (reason) (consul_prom_registrations_total{{{_ALL}}})", "{{reason}}"),),
             6,
         ),
         Panel(
             "Failed talks with the agent",
-            "",
+            "Since the workers began.",
             "none",
-            (
-                (
-                    f"sum by (reason) (increase(consul_prom_sync_failures_total{{{_ALL}}}[1h])) or vector(0)",
-                    "{{reason}}",
-                ),
-            ),
+            ((f"sum by (reason) (consul_prom_sync_failures_total{{{_ALL}}}) or vector(0)", "{{reason}}"),),
             6,
         ),
         Panel(
