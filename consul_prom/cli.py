@@ -222,6 +222,43 @@ def _why(outcome: Outcome) -> str:
     return outcome.verdict.proof + ("; it registers again within seconds" if again else "")
 
 
+@commands.command()
+@click.option("--prometheus", default="", metavar="URL", help="A Prometheus that shall scrape the workers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reads("service", "consul_service", "host", "address", "bind", "port", "dir", "web_config")
+def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:
+    """Look for what keeps the workers from being registered and scraped, and say what to do.
+
+    Run it on the workers' host, as their user and with their settings. It only looks.
+    """
+    from consul_prom.doctor import Finding, examine
+
+    findings: list[Finding] = []
+    screen = Screen()
+
+    async def work(agent: AgentClient) -> None:
+        async with aclosing(examine(settings, agent, prometheus=prometheus)) as found:
+            async for finding in found:
+                findings.append(finding)
+                if not as_json:
+                    sign, style = _SIGNS[finding.state]
+                    screen.say(f"{sign} {finding.check:10} {finding.sentence}", style=style)
+                    if finding.cure and finding.state != "ok":
+                        screen.say(f"  {'':10} {finding.cure}")
+
+    _with_agent(settings, work)
+    if as_json:
+        _print_json(finding._asdict() for finding in findings)
+    wrong = {finding.check for finding in findings if finding.state == "wrong"}
+    if "agent" in wrong:
+        raise click.exceptions.Exit(_NoAgent.exit_code)
+    if wrong:
+        raise click.exceptions.Exit(FINDING)
+
+
+_SIGNS: Final = {"ok": ("\u2713", "green"), "wrong": ("\u2717", "red"), "unknown": ("\u2013", "yellow")}
+
+
 @commands.group(cls=_Commands)
 def config() -> None:
     """Print configuration."""

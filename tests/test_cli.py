@@ -106,6 +106,7 @@ def test_commands() -> None:
         "config settings",
         "demo",
         "deregister",
+        "doctor",
         "list",
     }
     assert all(found.help for found in commands.values())
