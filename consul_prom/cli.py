@@ -9,7 +9,8 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 import click
@@ -21,6 +22,7 @@ from consul_prom.errors import AgentConfused, AgentTimeout, AgentUnreachable, Co
 from consul_prom.registration import origin
 from consul_prom.screen import Screen
 from consul_prom.settings import ROWS, Row, Settings, load
+from consul_prom.top import HEAD, Reading, line, ordered, total, watch
 
 T = TypeVar("T")
 
@@ -257,6 +259,54 @@ def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:
 
 
 _SIGNS: Final = {"ok": ("\u2713", "green"), "wrong": ("\u2717", "red"), "unknown": ("\u2013", "yellow")}
+
+
+@commands.command()
+@click.option("--once", is_flag=True, help="Look twice, a second apart, print a table and end.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option(
+    "--sort",
+    type=click.Choice(["instance", "requests", "in_progress", "p99", "memory", "cpu", "lag", "age"]),
+    default="instance",
+    show_default=True,
+    help="What the largest of comes first.",
+)
+@click.option("--filter", "containing", default="", metavar="TEXT", help="Only instances that contain it: a host, say.")
+@click.option("--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between looks.")
+@_reads("service", "consul_service")
+def top(settings: Settings, *, once: bool, as_json: bool, sort: str, containing: str, interval: float) -> None:
+    """Show the workers of a service, on all hosts, as they are now. Ctrl-C ends it.
+
+    prog: requests in progress; lag: of the event loop; scr: since somebody else scraped it. Exit code 1 with --once
+    and --json: a worker cannot be read.
+    """
+    if not settings.service:
+        raise _Usage("no service name: pass --service or set CONSUL_PROM_SERVICE")
+    single = once or as_json
+    rows: list[Reading] = []
+
+    async def work(agent: AgentClient) -> None:
+        async with aclosing(watch(settings, agent, interval=1.0 if single else interval)) as looks:
+            with nullcontext(lambda _rows: None) if single else Screen().live() as show:
+                number = 0
+                async for look in looks:
+                    rows[:], number = ordered(look, by=sort, containing=containing), number + 1
+                    show(_lines(rows, settings))
+                    if single and number == 2:
+                        return
+
+    with suppress(KeyboardInterrupt):
+        _with_agent(settings, work)
+    if as_json:
+        _print_json(asdict(row) for row in rows)
+    elif once:
+        Screen().verbatim("\n".join(_lines(rows, settings)))
+    if single and any(row.state not in {"up", "adopted"} for row in rows):
+        raise click.exceptions.Exit(FINDING)
+
+
+def _lines(rows: Sequence[Reading], settings: Settings) -> list[str]:
+    return [HEAD, line(total(rows)), *map(line, rows)] if rows else [_nothing(settings)]
 
 
 @commands.group(cls=_Commands)

@@ -108,6 +108,7 @@ def test_commands() -> None:
         "deregister",
         "doctor",
         "list",
+        "top",
     }
     assert all(found.help for found in commands.values())
 
