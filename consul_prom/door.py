@@ -70,6 +70,8 @@ class Door:
         self._entering: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._refused_at: float | None = None
+        self.turned_away = ""
+        """Who was, last, and why; as a sentence."""
 
     def open(self, listener: socket.socket) -> None:
         """Accept from now on; the running loop keeps the *listener* in sight, as a fork needs it."""
@@ -163,7 +165,8 @@ class Door:
         if not self._allow or peer == ours or address.is_loopback or any(address in net for net in self._allow):
             return True
         now = time.monotonic()
+        self.turned_away = f"{peer} was turned away: it is in none of the networks of CONSUL_PROM_ALLOW"
         if self._refused_at is None or now - self._refused_at > REPEAT_LOG:
-            log.warning("%s was turned away: it is in none of the networks of CONSUL_PROM_ALLOW", peer)
+            log.warning(self.turned_away)
             self._refused_at = now
         return False

@@ -283,6 +283,7 @@ class Endpoint:
             max_headers=MOST_HEADERS,
         )
         self._door = Door(self._server, allow=allow, tls=web.tls if web else lambda: None)
+        self._without_password = ""
         self._broken_at: float | None = None
         self.last_scrape: float | None = None
 
@@ -299,9 +300,20 @@ class Endpoint:
         if self._web is None:
             return self._answer(request)
         permitted = request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", ""))
-        response = self._answer(request) if permitted else _unauthorized()
+        response = self._answer(request) if permitted else self._unauthorized(request)
         response.headers.update(self._web.headers)
         return response
+
+    @property
+    def turned_away(self) -> str:
+        """Who did not come in, last, and why, as a sentence; or ""."""
+        return self._without_password or self._door.turned_away
+
+    def _unauthorized(self, request: BaseRequest) -> Response:
+        self._without_password = (
+            f"{request.remote} came without a password that CONSUL_PROM_WEB_CONFIG has (basic_auth in scrape_configs)"
+        )
+        return Response(status=401, text="unauthorized\n", headers={"WWW-Authenticate": "Basic"})
 
     def _answer(self, request: BaseRequest) -> Response:
         answers = {"/metrics": self._scrape, _HEALTHY: self._healthy, "/": self._home}
@@ -344,10 +356,6 @@ class Endpoint:
             for key, value in {**self._about(), "last scrape": ago}.items()
         )
         return Response(text=_HOME.format(rows=rows), content_type="text/html")
-
-
-def _unauthorized() -> Response:
-    return Response(status=401, text="unauthorized\n", headers={"WWW-Authenticate": "Basic"})
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

@@ -26,6 +26,7 @@ from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire
 from consul_prom.tally import Masters
+from consul_prom.vigil import Vigil
 from consul_prom.webconfig import WebConfig
 from consul_prom.wire import deregister_now
 
@@ -295,7 +296,11 @@ class _Life:
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
             self._caring = asyncio.create_task(self._take_care(self._client))
-            await self.tenancy.run(self._client, self._describe)
+            vigil = asyncio.create_task(self._vigil(self._endpoint))
+            try:
+                await self.tenancy.run(self._client, self._describe)
+            finally:
+                vigil.cancel()
         except ConsulPromError as error:
             log.error("consul-prom is off: %s", error)
             await self._fail(error)
@@ -339,6 +344,23 @@ class _Life:
         )
         await guest.start()
         return guest
+
+    async def _vigil(self, endpoint: Endpoint) -> None:
+        def cause() -> str:
+            if endpoint.turned_away:
+                return endpoint.turned_away
+            reach = f"does not reach {self.url} (CONSUL_PROM_ADDRESS)"
+            if endpoint.last_scrape:
+                return f"Prometheus has ended, or {reach}"
+            name = self.settings.consul_service
+            return f"Prometheus does not look for {name} (consul-prom config prometheus), or {reach}"
+
+        await Vigil(
+            who=lambda: self.tenancy.instance,
+            registered=lambda: self.tenancy.registered,
+            last_scrape=lambda: endpoint.last_scrape,
+            cause=cause,
+        ).run()
 
     async def leave(self, timeout: float) -> None:
         if self._task:

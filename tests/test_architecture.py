@@ -23,7 +23,7 @@ ROWS = {
     1: ["settings", "slots", "ledger", "door", "webconfig", "devagent"],
     2: ["wire", "endpoint", "registration", "exposition", "requests", "routes", "tally"]
     + ["snippets", "rules", "dashboard"],
-    3: ["client", "registrar", "caretaker", "undertaker"],
+    3: ["client", "registrar", "caretaker", "undertaker", "vigil"],
     4: ["guest"],
     5: ["worker", "master", "discovery", "screen"],
     6: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
