@@ -14,6 +14,7 @@ from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 import click
+from click.shell_completion import get_completion_class
 
 from consul_prom import __version__, caretaker, dashboard, rules, snippets
 from consul_prom.caretaker import Entry, Outcome, Verdict
@@ -60,10 +61,20 @@ class _Commands(click.Group):
 def commands() -> None:
     """Metrics of a multi-process Python server: every worker its own Prometheus target, found through Consul.
 
-    Every command reads the same environment variables as the workers; options beat them. Secrets have no option.
+    Every command reads the same environment variables as the workers; options beat them. What `config settings` shows
+    and a command heeds is an option too, shown or not, but for secrets.
 
     Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 the agent cannot be reached.
+
+    \b
+    Examples:
+      consul-prom demo
+      consul-prom config prometheus --service shop
+      CONSUL_HTTP_ADDR=https://consul:8501 consul-prom doctor --service shop
     """
+
+
+_SHOWN: Final = {"service", "consul_service", "host", "consul_http_addr", "consul_http_token_file"}
 
 
 def _reads(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -97,9 +108,9 @@ def _flag(name: str) -> str:
 
 
 def _option(row: Row) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    default = row.shown or row.default
-    note = f"[env: {row.env}; default: {default}]" if default else f"[env: {row.env}]"
-    return click.option(_flag(row.name), row.name, metavar=row.kind.upper(), help=f"{row.help} {note}")
+    """All are taken, and few shown: a screen has room for those that one looks for."""
+    help_ = f"{row.help} [{row.env}]"
+    return click.option(_flag(row.name), row.name, metavar="TEXT", help=help_, hidden=row.name not in _SHOWN)
 
 
 @commands.command("list")
@@ -109,6 +120,10 @@ def list_(settings: Settings, *, as_json: bool) -> None:
     """List the workers that the agent knows, with their health and whether they live.
 
     The lock of its slot or its process tells whether a worker lives; both can be seen on its own host only.
+
+    \b
+    Example:
+      consul-prom list --json | jq -r '.[] | select(.status=="critical").id'
     """
     found = _with_agent(settings, lambda agent: _look(agent, settings))
     facts = [{**_facts(entry, verdict), "status": status} for entry, verdict, status in found]
@@ -146,6 +161,11 @@ def deregister(settings: Settings, *, dry_run: bool, ids: Sequence[str], everyth
 
     Without --id and --all: those of this host whose worker is provably dead, since the lock of its slot is free or,
     where that cannot be told, its process is gone. An entry that consul-prom did not make is never touched.
+
+    \b
+    Examples:
+      consul-prom deregister --dry-run
+      consul-prom deregister --service shop --all      (as systemd's ExecStopPost)
     """
     if ids and everything:
         raise click.UsageError("--id and --all exclude each other")
@@ -232,6 +252,10 @@ def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:
     """Look for what keeps the workers from being registered and scraped, and say what to do.
 
     Run it on the workers' host, as their user and with their settings. It only looks.
+
+    \b
+    Example:
+      consul-prom doctor --service shop --prometheus http://prometheus:9090
     """
     from consul_prom.doctor import Finding, examine
 
@@ -279,6 +303,10 @@ def top(settings: Settings, *, once: bool, as_json: bool, sort: str, containing:
 
     prog: requests in progress; lag: of the event loop; scr: since somebody else scraped it. Exit code 1 with --once
     and --json: a worker cannot be read.
+
+    \b
+    Example:
+      consul-prom top --service shop --sort p99 --filter web-1:
     """
     if not settings.service:
         raise _Usage("no service name: pass --service or set CONSUL_PROM_SERVICE")
@@ -326,7 +354,12 @@ def config_acl(settings: Settings) -> None:
 @click.option("--datacenter", default="", metavar="NAME", help="Consul's datacenter; the agent's own unless set.")
 @_reads("service", "consul_service", "web_config")
 def config_prometheus(settings: Settings, *, all_services: bool, datacenter: str) -> None:
-    """Print the scrape configuration for Prometheus; the agent is not asked."""
+    """Print the scrape configuration for Prometheus; the agent is not asked.
+
+    \b
+    Example:
+      consul-prom config prometheus --service shop > /etc/prometheus/shop.yml
+    """
     click.echo(snippets.prometheus(settings, all_services=all_services, datacenter=datacenter), nl=False)
 
 
@@ -365,6 +398,23 @@ def demo(*, keep: bool) -> None:
         run(keep=keep, screen=Screen())
     except DemoError as error:
         raise _Failure(str(error)) from error
+
+
+@commands.command()
+@click.argument("shell", type=click.Choice(["bash", "fish", "zsh"]))
+def completion(shell: str) -> None:
+    """Print what completes our commands and options in a shell.
+
+    \b
+    Examples:
+      consul-prom completion bash > ~/.config/consul-prom.bash   (and source it)
+      consul-prom completion fish > ~/.config/fish/completions/consul-prom.fish
+      consul-prom completion zsh > "${fpath[1]}/_consul-prom"
+    """
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise _Failure(f"click knows no completion for {shell}")
+    click.echo(kind(commands, {}, "consul-prom", "_CONSUL_PROM_COMPLETE").source())
 
 
 @commands.command()

@@ -99,6 +99,7 @@ def test_commands() -> None:
     commands = dict(every_command())
     assert set(commands) == {
         "agent",
+        "completion",
         "config acl",
         "config grafana",
         "config prometheus",
@@ -111,6 +112,47 @@ def test_commands() -> None:
         "top",
     }
     assert all(found.help for found in commands.values())
+
+
+def test_help_fits_a_screen() -> None:
+    """Help is no longer than a screen, and no wider; what one does is shown by an example."""
+    for name in ("", *dict(every_command())):
+        text = CliRunner().invoke(cli.commands, (*name.split(), "--help"), terminal_width=80).stdout
+        assert len(text.splitlines()) <= 32, name
+        assert max(map(len, text.splitlines())) <= 80, name
+    for name in ("", "list", "deregister", "doctor", "top", "config prometheus", "completion"):
+        assert "Example" in CliRunner().invoke(cli.commands, (*name.split(), "--help")).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_completion(shell: str) -> None:
+    """Each shell gets a script that calls us."""
+    text = CliRunner().invoke(cli.commands, ("completion", shell)).stdout
+    assert "_CONSUL_PROM_COMPLETE" in text
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """A real bash completes commands and options with it."""
+    (tmp_path / "consul-prom").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m consul_prom "$@"\n')
+    (tmp_path / "consul-prom").chmod(0o755)
+    _, env = command(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    for words, expected in (("doc", "doctor"), ("config gr", "grafana"), ("top --on", "--once")):
+        script = (
+            'eval "$(consul-prom completion bash)"\n'
+            f"COMP_WORDS=(consul-prom {words}) COMP_CWORD={len(words.split())}\n"
+            'COMP_LINE="${COMP_WORDS[*]}"\n'
+            '_consul_prom_completion consul-prom\necho "${COMPREPLY[@]}"\n'
+        )
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split() == [expected], done.stderr
+
+
+def test_no_color(agent: DevAgent) -> None:
+    """NO_COLOR is heeded in a terminal, where there is colour otherwise."""
+    arguments = ("doctor", "--service=shop", f"--consul-http-addr={agent.url}")
+    coloured = re.compile(r"\x1b\[[0-9;]*3[0-9]")
+    assert coloured.search(in_terminal(*arguments)[1])
+    assert not coloured.search(in_terminal(*arguments, NO_COLOR="1")[1])
 
 
 def test_secrets_have_no_option() -> None:
