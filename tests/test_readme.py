@@ -135,6 +135,23 @@ def test_queries(queries: list[str]) -> None:
             wait_until(all_answer, within=60, what="a result for every query", every=0.5)
 
 
+def test_is_short() -> None:
+    """The first screen ends before 40 lines, and all of it before 350."""
+    lines = README.splitlines()
+    assert next(number for number, line in enumerate(lines) if line.startswith("## ")) <= 40
+    assert len(lines) <= 350
+
+
+def test_files_are_there() -> None:
+    """Every file that is named or linked is there."""
+    table = README.split("| in `deploy/` | |")[1].split("\n\n")[0]
+    named = [f"deploy/{name}" for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    linked = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert len(named) >= 8
+    for name in (*named, *linked):
+        assert (ROOT / name).exists(), name
+
+
 def test_changes() -> None:
     """The version is the package's."""
     assert consul_prom.__version__ in subprocess.check_output(
