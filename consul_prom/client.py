@@ -23,6 +23,7 @@ from yarl import URL
 from consul_prom.errors import (
     AgentBusy,
     AgentConfused,
+    AgentDenied,
     AgentFailed,
     AgentNotFound,
     AgentTimeout,

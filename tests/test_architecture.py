@@ -21,8 +21,18 @@ PACKAGE = ROOT / "consul_prom"
 ROWS = {
     0: ["errors"],
     1: ["settings", "slots", "ledger", "door", "webconfig", "devagent"],
-    2: ["wire", "endpoint", "registration", "exposition", "requests", "routes", "tally"]
-    + ["snippets", "rules", "dashboard"],
+    2: [
+        "wire",
+        "endpoint",
+        "registration",
+        "exposition",
+        "requests",
+        "routes",
+        "tally",
+        "snippets",
+        "rules",
+        "dashboard",
+    ],
     3: ["client", "registrar", "caretaker", "undertaker", "vigil"],
     4: ["guest"],
     5: ["worker", "master", "discovery", "screen"],

@@ -252,6 +252,7 @@ class TestDifference:
             check_interval=one.check_interval,
             check_timeout=one.check_timeout,
             deregister_after=one.deregister_after,
+            tcp_check=one.tcp_check,
         )
         found = difference(one, _as_the_agent_tells_it(other))
         assert (found is None) == (one.document() == other.document())
