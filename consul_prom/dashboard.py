@@ -15,6 +15,8 @@ WIDTH: Final = 24
 HEIGHT: Final = 8
 _SOURCE: Final = {"type": "prometheus", "uid": "${datasource}"}
 _ALL: Final = 'job="$job", instance=~"$instance"'
+_EVERY_WORKER: Final = ".+:[0-9]+"
+"""Of the instances; one more, <host>:master, is the page of Gunicorn's master."""
 
 
 class Panel(NamedTuple):
@@ -126,6 +128,34 @@ ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
             ((f"changes(process_start_time_seconds{{{_ALL}}}[1h])", "{{instance}}"),),
         ),
     ),
+    "Gunicorn's master": (
+        Panel(
+            "Workers alive and wanted",
+            "Told by the master, where our hooks run.",
+            "none",
+            (
+                ('sum by (instance) (gunicorn_workers{job="$job"})', "{{instance}} alive"),
+                ('sum by (instance) (gunicorn_workers_wanted{job="$job"})', "{{instance}} wanted"),
+            ),
+        ),
+        Panel(
+            "Worker exits by reason",
+            "stop: as told, by a reload say; signal SIGKILL: mostly the kernel, out of memory.",
+            "none",
+            (
+                (
+                    'sum by (reason, signal) (increase(gunicorn_worker_exits_total{job="$job"}[$__rate_interval]))',
+                    "{{reason}} {{signal}}",
+                ),
+            ),
+        ),
+        Panel(
+            "Log lines by level",
+            "Of Gunicorn's error log: the master's and the workers'.",
+            "none",
+            (('sum by (level) (rate(gunicorn_log_lines_total{job="$job"}[$__rate_interval]))', "{{level}}"),),
+        ),
+    ),
     "Registration and scrapes": (
         Panel(
             "Registrations by reason",
@@ -184,7 +214,12 @@ def _variables(settings: Settings) -> Iterator[dict[str, Any]]:
     chosen = {"current": {"text": settings.service, "value": settings.service}} if settings.service else {}
     yield {**_variable("job", "Service", "label_values(consul_prom_worker_info, job)"), **chosen}
     workers = _variable("instance", "Worker", 'label_values(consul_prom_worker_info{job="$job"}, instance)')
-    everyone = {"multi": True, "includeAll": True, "allValue": ".*", "current": {"text": "All", "value": "$__all"}}
+    everyone = {
+        "multi": True,
+        "includeAll": True,
+        "allValue": _EVERY_WORKER,
+        "current": {"text": "All", "value": "$__all"},
+    }
     yield {**workers, **everyone}
 
 

@@ -64,6 +64,11 @@ class _Seen:
     def here(self) -> list[Entry]:
         return [entry for entry in self.entries if entry["Meta"].get("host") == self.settings.host]
 
+    @property
+    def workers(self) -> list[Entry]:
+        """Those of `here` that are no page of Gunicorn's masters."""
+        return [entry for entry in self.here if entry["Meta"].get("slot") != slots.place(slots.MASTER)]
+
 
 async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "") -> AsyncGenerator[Finding]:
     """Each finding as soon as it is known; what cannot be known for an earlier one's sake says so."""
@@ -163,9 +168,9 @@ async def _address(seen: _Seen) -> Finding:
     if settings.address and not settings.bind and not is_local(settings.address):
         cure = "Set another, or CONSUL_PROM_BIND where it is translated to one of ours."
         return Finding("address", "wrong", f"CONSUL_PROM_ADDRESS={settings.address} is none of this host's.", cure)
-    if not seen.here:
+    if not seen.workers:
         return Finding("address", "unknown", "No worker of this host is registered: nobody was checked.")
-    return Finding("address", "ok", f"The agent reaches {_count(len(seen.here), 'worker')} of this host.")
+    return Finding("address", "ok", f"The agent reaches {_count(len(seen.workers), 'worker')} of this host.")
 
 
 async def _ports(seen: _Seen) -> Finding:
@@ -174,7 +179,7 @@ async def _ports(seen: _Seen) -> Finding:
         return Finding("ports", "ok", "The system chooses free ports.")
     ours = {entry["Port"] for entry in seen.here}
     address = settings.bind or settings.address or "0.0.0.0"  # noqa: S104  # only tried, and let go at once
-    wanted = settings.port.candidates(0) if settings.port.last else settings.port.candidates(len(ours))
+    wanted = settings.port.candidates(0) if settings.port.last else settings.port.candidates(len(seen.workers))
     taken = [port for port in wanted if port not in ours and not _is_free(address, port)]
     if wanted and len(taken) == len([port for port in wanted if port not in ours]):
         which = f"Somebody else has {_list(map(str, taken))}" if taken else f"All of {settings.port} is used"
@@ -209,10 +214,10 @@ async def _workers(seen: _Seen) -> Finding:
         return Finding("workers", "wrong", f"Nobody is behind {_list(dead)}.", "consul-prom deregister removes it.")
     if unproven:
         return Finding("workers", "unknown", f"It cannot be told whether {_list(unproven)} lives.")
-    if not seen.here:
+    if not seen.workers:
         cure = "The workers' log says why they do not register; CONSUL_PROM_HOST must be theirs."
         return Finding("workers", "unknown", f"No worker of {seen.settings.host} is registered.", cure)
-    return Finding("workers", "ok", f"{_count(len(seen.here), 'worker')} of this host lives, and is registered.")
+    return Finding("workers", "ok", f"{_count(len(seen.workers), 'worker')} of this host lives, and is registered.")
 
 
 async def _claims(seen: _Seen) -> Finding:
@@ -232,7 +237,7 @@ async def _limits(seen: _Seen) -> Finding:
     """Each worker of the first slots holds a connection; other users of the agent are not seen from here."""
     watching = [entry for entry in seen.everyone if entry["Meta"].get("host") == seen.settings.host]
     ids = [parse_entry_id(entry["ID"]) for entry in watching]
-    held = sum(1 for parts in ids if parts and parts.slot < WATCHING_SLOTS)
+    held = sum(1 for parts in ids if parts and parts.slot in range(WATCHING_SLOTS))
     limit = int((seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient") or 200)
     sentence = f"{_count(held, 'worker')} of this host holds a connection; the agent allows {limit} an address."
     if held >= CROWDED * limit:
@@ -268,7 +273,7 @@ def _targets(seen: _Seen) -> Finding:
         return Finding("targets", "wrong", f"Prometheus cannot scrape {_list(down)}.", "It has to reach the address.")
     if not targets:
         return Finding("targets", "unknown", "Prometheus has no target, and nobody is registered.")
-    return Finding("targets", "ok", f"Prometheus scrapes {_count(len(targets), 'worker')}.")
+    return Finding("targets", "ok", f"Prometheus scrapes {_count(len(targets), 'target')}.")
 
 
 def _labels(targets: Sequence[Mapping[str, Any]]) -> Finding:

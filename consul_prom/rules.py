@@ -45,7 +45,7 @@ RECORDS: Final = (
     _Record(
         "job_method_route:http_requests_in_progress:sum", "sum without (instance) (http_requests_in_progress{JOB})"
     ),
-    _Record("job:up:count", "count without (instance) (up{JOB} == 1)"),
+    _Record("job:up:count", "count without (instance) (up{WORKERS} == 1)"),
 )
 
 ALERTS: Final = (
@@ -53,11 +53,21 @@ ALERTS: Final = (
         "ConsulPromWorkerDown",
         "A worker that ends is deregistered, one that is killed is removed within seconds: this one hangs, or its port"
         " cannot be reached.",
-        "up{JOB} == 0",
+        "up{WORKERS} == 0",
         "2m",
         "warning",
         "{{ $labels.instance }} of SERVICE is registered and cannot be scraped",
         "consul-prom doctor on its host; Prometheus' page of targets has the error.",
+    ),
+    _Alert(
+        "ConsulPromNoWorker",
+        "Whoever is not there has no series that could be 0, and with the last worker the page of Gunicorn's master is"
+        " gone: only what is absent tells. A restart is shorter.",
+        "absent(up{WORKERS} == 1)",
+        "5m",
+        "critical",
+        "SERVICE has no worker that can be scraped",
+        "Is it meant to run? Its server's log says why no worker starts; consul-prom doctor on its host finds more.",
     ),
     _Alert(
         "ConsulPromEntryStays",
@@ -109,12 +119,13 @@ ALERTS: Final = (
     ),
     _Alert(
         "ConsulPromNeverScraped",
-        "Found in Consul, and no target: dropped by a relabelling, or over a limit. Prometheus has to scrape itself.",
+        "Found in Consul, and no target: dropped by a relabelling, or over a limit. Prometheus has to scrape itself;"
+        " the page of Gunicorn's master counts on both sides.",
         'sum(prometheus_sd_discovered_targets{name="scrape", config="CONSUL_SERVICE"}) '
         "> (count(up{JOB}) or vector(0)) unless on () resets(process_start_time_seconds{JOB}[10m]) > 1",
         "5m",
         "warning",
-        "{{ $value }} workers of SERVICE are registered, and Prometheus scrapes fewer",
+        "{{ $value }} targets of SERVICE are registered, and Prometheus scrapes fewer",
         "Compare Prometheus' pages of targets and of service discovery: dropped targets are in the second.",
     ),
     _Alert(
@@ -184,5 +195,7 @@ def _alerts(settings: Settings) -> Iterator[str]:
 
 
 def _filled(text: str, settings: Settings) -> str:
-    text = text.replace("JOB", f'job="{settings.service}"').replace("CONSUL_SERVICE", settings.consul_service)
-    return text.replace("SERVICE", settings.service)
+    """JOB is all targets of the service, WORKERS all but the page of Gunicorn's master."""
+    job = f'job="{settings.service}"'
+    text = text.replace("WORKERS", f'{job}, instance!~".+:master"').replace("JOB", job)
+    return text.replace("CONSUL_SERVICE", settings.consul_service).replace("SERVICE", settings.service)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
-from consul_prom import caretaker
+from consul_prom import caretaker, slots
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentDenied
 from consul_prom.settings import Settings
@@ -171,7 +171,10 @@ async def watch(
 
 
 async def _places(settings: Settings, agent: AgentClient) -> list[Place]:
-    """Of the catalogue, which has all hosts'; with a token that may not read nodes, of the agent."""
+    """Of the catalogue, which has all hosts'; with a token that may not read nodes, of the agent.
+
+    The page of Gunicorn's masters is no worker's.
+    """
     try:
         found = await agent.catalogue(settings.consul_service)
         pairs = [(entry["ServiceMeta"] or {}, entry["ServiceAddress"], entry["ServicePort"]) for entry in found]
@@ -181,7 +184,7 @@ async def _places(settings: Settings, agent: AgentClient) -> list[Place]:
     return [
         Place(meta["instance"], meta.get("scheme", "http"), address, port, "adopted" in meta)
         for meta, address, port in pairs
-        if "instance" in meta
+        if "instance" in meta and meta.get("slot") != slots.place(slots.MASTER)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The application of the examples here: a shop."""
+"""The application of the examples here: a shop, whose name is in gunicorn.conf.py."""
 
 import asyncio
 import random
@@ -21,5 +21,5 @@ async def get_application() -> web.Application:
     app = web.Application()
     app.router.add_get("/", front)
     app.router.add_get("/products/{number}", product)
-    consul_prom.setup(app, service="shop")
+    consul_prom.setup(app)  # the hooks serve the worker anyhow; this counts its requests and measures its loop
     return app

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,7 +28,8 @@ def board(settings: MakeSettings) -> dict[str, Any]:
 
 def queries(board: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Title and PromQL of every target, with the variables filled in as Grafana does."""
-    filled = {"$job": "shop", "$instance": ".*", "$__rate_interval": "30s"}
+    chosen = next(variable for variable in board["templating"]["list"] if variable["name"] == "instance")
+    filled = {"$job": "shop", "$instance": chosen["allValue"], "$__rate_interval": "30s"}
     for panel in board["panels"]:
         for target in panel.get("targets", []):
             query = target["expr"]
@@ -76,7 +78,7 @@ def test_variables(board: dict[str, Any]) -> None:
 
 def test_every_panel_has_data(board: dict[str, Any]) -> None:
     """A real Prometheus that scrapes a real application without a fault answers every query of panels and rules."""
-    with Consul() as consul, Gunicorn(workers=2, settings={"CONSUL_HTTP_ADDR": consul.url}) as shop:
+    with Consul() as consul, hooked(consul) as shop:
         settings = load({"service": "shop", "consul_http_addr": consul.url}, environ={})
         config, address = yaml.safe_load(snippets.prometheus(settings)), own_address()
         itself = {"job_name": "prometheus", "static_configs": [{"targets": [f"{address}:9090"]}]}
@@ -91,10 +93,21 @@ def test_every_panel_has_data(board: dict[str, Any]) -> None:
             for record in rules.RECORDS:
                 assert _has_data(prometheus, rules._filled(record.expression, settings))
             assert prometheus.query('consul_prom_worker_info{job="shop"}')
-            # What the alert for workers that are never scraped compares is there, under the names that it gives.
+            assert prometheus.query_value(dict(queries(board))["Workers up"]) == 2
+            assert prometheus.query_value(rules._filled("count(up{JOB} == 1)", settings)) == 3, "the master's too"
+            # What alerts compare is there, under the names that they give.
             (alert,) = (alert for alert in rules.ALERTS if alert.name == "ConsulPromNeverScraped")
-            assert prometheus.query_value(rules._filled(alert.expression.partition(" > ")[0], settings)) == 2
-            assert prometheus.query(rules._filled(alert.expression, settings)) == []
+            assert prometheus.query_value(rules._filled(alert.expression.partition(" > ")[0], settings)) == 3
+            for alert in rules.ALERTS:
+                assert prometheus.query(rules._filled(alert.expression, settings)) == []
+                for name in re.findall("gunicorn_[a-z_]+", alert.expression):
+                    assert prometheus.query(name)
+
+
+def hooked(consul: Consul) -> Gunicorn:
+    """The application under our hooks, so that the master tells too."""
+    settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
+    return Gunicorn(workers=2, settings=settings, options=["-c=python:consul_prom.gunicorn", "--no-control-socket"])
 
 
 def _has_data(prometheus: Prometheus, query: str) -> bool:

@@ -130,7 +130,7 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
         ]
         text = run("--prometheus", prometheus.url).stdout
     assert text.count("\u2713") == len(found)
-    assert "Prometheus scrapes 2 workers." in text
+    assert "Prometheus scrapes 2 targets." in text
     assert consul.call("/v1/agent/services")[1] == before
 
 

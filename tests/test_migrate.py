@@ -7,16 +7,16 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from prometheus_client import REGISTRY
 
 from consul_prom import snippets
-from consul_prom.devagent import DevAgent, running
+from consul_prom.devagent import DevAgent
 from consul_prom.settings import load
+from consul_prom.tally import Masters
+from tests.services.gunicorn import Gunicorn
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import wait_until
 
@@ -29,12 +29,6 @@ def pair(title: str) -> tuple[str, str]:
     (section,) = re.findall(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
     before, after = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     return before, after
-
-
-@pytest.fixture
-def agent() -> Iterator[DevAgent]:
-    with running() as agent:
-        yield agent
 
 
 def python(code: str, agent: DevAgent, tmp_path: Path, **environ: str) -> str:
@@ -76,19 +70,21 @@ def test_naive(agent: DevAgent, tmp_path: Path) -> None:
 
 
 def test_multiprocess(agent: DevAgent, tmp_path: Path) -> None:
-    """The hook before cleans up files; the hook now starts the worker, in Gunicorn's place for it."""
+    """The hook before cleans up files; with the hooks now, a Gunicorn's workers and its master are targets."""
     before, after = pair("From prometheus_client's multiprocess mode")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "gauge_liveall_7.db").touch()
     call = f"{before}\nclass worker: pid = 7\nchild_exit(None, worker)"
     python(call, agent, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "files"))
     assert list((tmp_path / "files").iterdir()) == []
-    call = (
-        f"{after}\npost_worker_init(None)\nimport time\nfrom prometheus_client import REGISTRY\n"
-        "while not REGISTRY.get_sample_value('consul_prom_registered'): time.sleep(0.02)"
-    )
-    python(call, agent, tmp_path)
-    assert [service.meta["service"] for service in agent.state.services.values()] == ["shop"]
+    (tmp_path / "gunicorn.conf.py").write_text(after)
+    options = (f"-c={tmp_path / 'gunicorn.conf.py'}", "--no-control-socket")
+    settings = {"CONSUL_HTTP_ADDR": agent.url}
+    with Gunicorn("tests.e2e.plain:wsgi", workers=2, worker_class="sync", settings=settings, options=options):
+        wait_until(lambda: len(agent.state.services) == 3, within=60, what="two workers' entries and the master's")
+        slots = sorted(service.meta["slot"] for service in agent.state.services.values())
+        assert slots == ["0", "1", "master"]
+    assert not agent.state.services
 
 
 def test_prometheus_async(agent: DevAgent, tmp_path: Path) -> None:
@@ -153,13 +149,14 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
     assert not agent.state.services
 
 
-def test_names_are_ours() -> None:
+def test_names_are_ours(tmp_path: Path) -> None:
     """The names on the right are those that a worker has."""
     table = TEXT.split("| Where |")[1].split("\n\n")[0]
     cells = " ".join(row.split("|")[3] for row in table.splitlines()[2:])
-    ours = set(re.findall(r"\b((?:http|process|consul_prom)_\w+)", cells))
+    ours = set(re.findall(r"\b((?:http|process|consul_prom|gunicorn)_\w+)", cells))
     assert len(ours) >= 5
     known = {name for collector in REGISTRY._collector_to_names.values() for name in collector}
     requests = {"http_requests_total", "http_request_duration_seconds"}
-    assert ours <= known | requests
+    masters = {name for it in Masters(tmp_path, "shop").collect() for name in (it.name, f"{it.name}_total")}
+    assert ours <= known | requests | masters
     assert load({"port": "8001-8049"}, environ={}).port.last == 8049

@@ -40,14 +40,17 @@ def worker(slot: int, **values: str) -> dict[str, str]:
     return {f"{name}{{{labels}}}": value for name, value in {**calm, **values}.items()}
 
 
-def host(discovered: str, workers: str, wanted: str) -> dict[str, str]:
-    """What Prometheus tells of itself, and Gunicorn's master."""
-    master = 'job="shop", instance="web-1:master", master="0"'
+def host(discovered: str, workers: str, wanted: str, *, up: str = f"1x{LONG}") -> dict[str, str]:
+    """What Prometheus tells of itself, and Gunicorn's master, whose page is a target more."""
+    target = 'job="shop", instance="web-1:master"'
+    master = f'{target}, master="0"'
     return {
         'prometheus_sd_discovered_targets{job="prometheus", name="scrape", config="shop-metrics"}': discovered,
+        f"up{{{target}}}": up,
+        f"scrape_duration_seconds{{{target}}}": f"0.01x{LONG}",
         f"gunicorn_workers{{{master}}}": workers,
         f"gunicorn_workers_wanted{{{master}}}": wanted,
-        f'gunicorn_worker_exits_total{{{master}, reason="stop", signal="TERM"}}': f"0x{HALF} 40x{HALF}",
+        f'gunicorn_worker_exits_total{{{master}, reason="stop", signal=""}}': f"0x{HALF} 40x{HALF}",
         f'gunicorn_worker_exits_total{{{master}, reason="max_requests", signal=""}}': f"0+1x{LONG}",
     }
 
@@ -136,7 +139,7 @@ class TestEverydayLife:
 
     def test_calm(self, text: str) -> None:
         """Nothing happens."""
-        assert_silent(text, {**worker(0), **worker(1), **host(f"2x{LONG}", f"2x{LONG}", f"2x{LONG}")})
+        assert_silent(text, {**worker(0), **worker(1), **host(f"3x{LONG}", f"2x{LONG}", f"2x{LONG}")})
 
     def test_deploy(self, text: str) -> None:
         """All workers are replaced, three times in ten minutes; each is down for two scrapes."""
@@ -144,8 +147,18 @@ class TestEverydayLife:
         ups = f"1x{HALF - 12} 0 0 1x8 0 0 1x8 0 0 1x{HALF}"
         registered = f"1x{HALF - 12} 0 1x9 0 1x9 0 1x{HALF}"
         lives = {"up": ups, "process_start_time_seconds": starts, "consul_prom_registered": registered}
-        down = f"2x{HALF - 12} 0 1 2x{HALF}"
-        assert_silent(text, {**worker(0, **lives), **worker(1, **lives), **host(down, down, f"2x{LONG}")})
+        discovered = f"3x{HALF - 12} 0 2 3x{HALF}"
+        # With the last worker the master's page goes too, and comes when the next one's caretaker has it.
+        alive, wanted = f"2x{HALF - 12} stale 1 2x{HALF}", f"2x{HALF - 12} stale 2 2x{HALF}"
+        master = host(discovered, alive, wanted, up=f"1x{HALF - 12} stale 0 1x{HALF}")
+        assert_silent(text, {**worker(0, **lives), **worker(1, **lives), **master})
+
+    def test_restart(self, text: str) -> None:
+        """A whole server is stopped, and started a minute later: all that there was is gone for so long."""
+        gap = f"1x{HALF} stale _x4 1x{HALF}"
+        lives = {"up": gap, "process_start_time_seconds": f"1000x{HALF} stale _x4 2000x{HALF}"}
+        workers, discovered = f"1x{HALF} stale _x4 1x{HALF}", f"2x{HALF} 0x4 2x{HALF}"
+        assert_silent(text, {**worker(0, **lives), **host(discovered, workers, workers, up=gap)})
 
     def test_reload(self, text: str) -> None:
         """New workers come in other slots, and the old ones go."""
@@ -153,22 +166,31 @@ class TestEverydayLife:
         goes["process_start_time_seconds"] = f"1000x{HALF} stale"
         comes = dict.fromkeys(("up", "consul_prom_registered"), f"_x{HALF} 1x{HALF}")
         comes["process_start_time_seconds"] = f"_x{HALF} 2000x{HALF}"
-        discovered = f"1x{HALF - 1} 2 2 1x{HALF}"
-        alive = f"1x{HALF - 1} 2 2 1x{HALF}"
-        assert_silent(text, {**worker(0, **goes), **worker(1, **comes), **host(discovered, alive, f"1x{LONG}")})
+        discovered = f"2x{HALF - 1} 3 3 2x{HALF}"
+        alive, wanted = f"1x{HALF - 1} 2 2 1x{HALF}", f"1x{LONG}"
+        # The caretaker was the old one: its page moves to the new one's port.
+        master = host(discovered, alive, wanted, up=f"1x{HALF} 0 0 1x{HALF}")
+        assert_silent(text, {**worker(0, **goes), **worker(1, **comes), **master})
 
     def test_scale_down(self, text: str) -> None:
         """A worker ends and is not replaced; its page is served on for a while, and then is not."""
         goes = dict.fromkeys(("up", "consul_prom_registered"), f"1x{HALF + 8} 0 stale")
         goes["process_start_time_seconds"] = f"1000x{HALF + 8} stale"
-        wanted = f"2x{HALF} 1x{HALF}"
-        assert_silent(text, {**worker(0), **worker(1, **goes), **host(f"2x{HALF + 9} 1x{HALF}", wanted, wanted)})
+        wanted, alive = f"2x{HALF} 1x{HALF}", f"2x{HALF + 2} 1x{HALF}"
+        assert_silent(text, {**worker(0), **worker(1, **goes), **host(f"3x{HALF + 9} 2x{HALF}", alive, wanted)})
+
+    def test_scale_up(self, text: str) -> None:
+        """More workers are wanted than there are, until they have started."""
+        comes = dict.fromkeys(("up", "consul_prom_registered"), f"_x{HALF + 4} 1x{HALF}")
+        comes["process_start_time_seconds"] = f"_x{HALF + 4} 2000x{HALF}"
+        alive, wanted = f"1x{HALF + 4} 2x{HALF}", f"1x{HALF} 2x{HALF}"
+        assert_silent(text, {**worker(0), **worker(1, **comes), **host(f"2x{HALF + 4} 3x{HALF}", alive, wanted)})
 
     def test_adoption(self, text: str) -> None:
         """The page of a slot without a worker is served on, and then a newborn has the slot."""
         newborn = f"1000x{HALF} 2000x{HALF}"
         adopted = {"process_start_time_seconds": newborn, "up": f"1x{HALF - 1} 0 1x{HALF}"}
-        assert_silent(text, {**worker(0), **worker(1, **adopted), **host(f"2x{LONG}", f"2x{LONG}", f"2x{LONG}")})
+        assert_silent(text, {**worker(0), **worker(1, **adopted), **host(f"3x{LONG}", f"2x{LONG}", f"2x{LONG}")})
 
     def test_one_slow_callback(self, text: str) -> None:
         """A hiccup of a minute is none."""
@@ -181,19 +203,21 @@ class TestEverydayLife:
 
 
 FIRING: Mapping[str, Series] = {
-    "ConsulPromWorkerDown": worker(0, up=f"1x{HALF} 0x{HALF}"),
-    "ConsulPromEntryStays": worker(0, up=f"1x{HALF} 0x{HALF}"),
+    "ConsulPromWorkerDown": worker(1) | worker(0, up=f"1x{HALF} 0x{HALF}"),
+    "ConsulPromNoWorker": host(f"2x{HALF} 1x{HALF}", f"1x{LONG}", f"1x{LONG}")
+    | {'up{job="shop", instance="web-1:0"}': f"1x{HALF} stale"},
+    "ConsulPromEntryStays": worker(1) | worker(0, up=f"1x{HALF} 0x{HALF}"),
     "ConsulPromCrashLoop": worker(0, process_start_time_seconds=f"1000x{HALF} 1000+60x{HALF}"),
-    "ConsulPromWorkersDie": {
-        'gunicorn_worker_exits_total{job="shop", instance="web-1:m", master="0", reason="signal", signal="KILL"}': (
-            f"0x{HALF} 0+1x{HALF}"
-        )
+    "ConsulPromWorkersDie": worker(0)
+    | {
+        f'gunicorn_worker_exits_total{{job="shop", instance="web-1:master", master="0", {why}}}': f"0x{HALF} 0+1x{HALF}"
+        for why in ('reason="signal", signal="SIGKILL"', 'reason="boot", signal=""')
     },
-    "ConsulPromWorkersMissing": worker(0) | host(f"1x{LONG}", f"2x{HALF} 1x{HALF}", f"2x{LONG}"),
+    "ConsulPromWorkersMissing": worker(0) | host(f"2x{LONG}", f"2x{HALF} 1x{HALF}", f"2x{LONG}"),
     "ConsulPromInstanceClaimedTwice": worker(
         0, process_start_time_seconds=f"1000x{HALF} " + " ".join(["2000 1000"] * (HALF // 2))
     ),
-    "ConsulPromNeverScraped": {**worker(0), **host(f"1x{HALF} 2x{HALF}", f"1x{LONG}", f"1x{LONG}")},
+    "ConsulPromNeverScraped": {**worker(0), **host(f"2x{HALF} 3x{HALF}", f"1x{LONG}", f"1x{LONG}")},
     "ConsulPromNotRegistered": worker(0, consul_prom_registered=f"1x{HALF} 0x{HALF}"),
     "ConsulPromEventLoopLag": worker(0, consul_prom_event_loop_lag_seconds=f"0.01x{HALF} 2x{HALF}"),
     "ConsulPromSlowScrape": worker(0, scrape_duration_seconds=f"0.01x{HALF} 4x{HALF}"),
@@ -218,7 +242,7 @@ class TestFiring:
 
     def test_none_scraped_at_all(self, text: str) -> None:
         """Workers that are registered are missed also where not one of them is scraped."""
-        assert fires(text, "ConsulPromNeverScraped", 20, host(f"3x{LONG}", f"3x{LONG}", f"3x{LONG}"))
+        assert fires(text, "ConsulPromNeverScraped", 20, host(f"3x{LONG}", f"2x{LONG}", f"2x{LONG}", up=f"_x{LONG}"))
 
     def test_what_is_said(self, text: str) -> None:
         """The words name the worker and the service."""
