@@ -217,7 +217,7 @@ async def _workers(seen: _Seen) -> Finding:
     if not seen.workers:
         cure = "The workers' log says why they do not register; CONSUL_PROM_HOST must be theirs."
         return Finding("workers", "unknown", f"No worker of {seen.settings.host} is registered.", cure)
-    return Finding("workers", "ok", f"{_count(len(seen.workers), 'worker')} of this host lives, and is registered.")
+    return Finding("workers", "ok", f"Alive and registered on this host: {_count(len(seen.workers), 'worker')}.")
 
 
 async def _claims(seen: _Seen) -> Finding:
@@ -239,7 +239,7 @@ async def _limits(seen: _Seen) -> Finding:
     ids = [parse_entry_id(entry["ID"]) for entry in watching]
     held = sum(1 for parts in ids if parts and parts.slot in range(WATCHING_SLOTS))
     limit = int((seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient") or 200)
-    sentence = f"{_count(held, 'worker')} of this host holds a connection; the agent allows {limit} an address."
+    sentence = f"Connections that this host's workers hold: {held}; the agent allows {limit} an address."
     if held >= CROWDED * limit:
         return Finding(
             "limits", "wrong", sentence, "Raise limits.http_max_conns_per_client in the agent's configuration."

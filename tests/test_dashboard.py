@@ -13,7 +13,7 @@ import yaml
 from consul_prom import dashboard, rules, snippets
 from consul_prom.settings import Settings, load
 from tests.services.consul import Consul
-from tests.services.gunicorn import Gunicorn
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.program import own_address
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import wait_until
@@ -107,7 +107,7 @@ def test_every_panel_has_data(board: dict[str, Any]) -> None:
 def hooked(consul: Consul) -> Gunicorn:
     """The application under our hooks, so that the master tells too."""
     settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
-    return Gunicorn(workers=2, settings=settings, options=["-c=python:consul_prom.gunicorn", "--no-control-socket"])
+    return Gunicorn(workers=2, settings=settings, options=HOOKS)
 
 
 def _has_data(prometheus: Prometheus, query: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from consul_prom.settings import load
 from consul_prom.snippets import write_rule
 from tests.acl.access import Access
 from tests.services.consul import Consul
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, SCRIPT, meta
@@ -132,6 +134,24 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
     assert text.count("\u2713") == len(found)
     assert "Prometheus scrapes 2 targets." in text
     assert consul.call("/v1/agent/services")[1] == before
+
+
+def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path) -> None:
+    """The page of Gunicorn's master is a target, and no worker; when all are dead, it is named with them."""
+    settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_HOST": "web-1"}
+    settings |= {"CONSUL_PROM_DIR": str(slot_directory)}
+    with Gunicorn(workers=2, settings=settings, options=HOOKS) as shop, Prometheus(scrape(consul)) as prometheus:
+        wait_until(lambda: prometheus.query_value("count(up == 1)") == 3, within=60, what="all scraped")
+        result = run("--prometheus", prometheus.url)
+        assert result.exit_code == 0, result.stdout
+        assert "Alive and registered on this host: 2 workers." in result.stdout
+        assert "The agent reaches 2 workers of this host." in result.stdout
+        assert "Connections that this host's workers hold: 2;" in result.stdout
+        assert "Prometheus scrapes 3 targets." in result.stdout
+        for pid in (shop.pid, *shop.workers()):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "✗ workers" in run().stdout, within=60, what="dead entries")
+    assert re.search("Nobody is behind .*shop.web-1.master", run().stdout)
 
 
 def scrape(consul: Consul) -> str:

@@ -22,7 +22,7 @@ from consul_prom.client import AgentClient
 from consul_prom.settings import load
 from consul_prom.top import HEAD, Page, Place, Reading, Worker, line, ordered, parse, quantile, sparkline, total
 from tests.services.consul import Consul
-from tests.services.gunicorn import Gunicorn
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, meta
 
@@ -157,13 +157,17 @@ Run = Callable[..., Any]
 
 @pytest.fixture
 def shop() -> Any:
-    with Consul() as consul, Gunicorn(workers=2, settings={"CONSUL_HTTP_ADDR": consul.url}) as shop:
-        wait_until(lambda: len(consul.call("/v1/agent/services")[1]) == 2, within=60, what="two workers")
-        yield consul, shop
+    with Consul() as consul:
+        settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
+        with Gunicorn(workers=2, settings=settings, options=HOOKS) as shop:
+            wait_until(
+                lambda: len(consul.call("/v1/agent/services")[1]) == 3, within=60, what="two workers and the master"
+            )
+            yield consul, shop
 
 
 def test_real_workers(shop: Any, tmp_path: Path) -> None:
-    """Real workers are shown with what they do; one that cannot be read is a finding, and is named."""
+    """Real workers, and not their master, are shown with what they do; one that cannot be read is a finding."""
     consul, server = shop
     environ = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
 
@@ -228,7 +232,7 @@ def test_needs_a_service() -> None:
 async def test_hundreds(shop: Any) -> None:
     """Three hundred workers are read within one turn, and shown with those that a screen has room for."""
     consul, _ = shop
-    real = next(iter(consul.call("/v1/agent/services")[1].values()))
+    real = next(it for it in consul.call("/v1/agent/services")[1].values() if it["Meta"]["slot"] == "0")
     settings = load({"service": "shop", "consul_http_addr": consul.url}, environ={})
     agent = AgentClient(settings)
     places = [Place(f"web-1:{slot}", "http", real["Address"], real["Port"], adopted=False) for slot in range(300)]

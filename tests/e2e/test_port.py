@@ -19,6 +19,7 @@ import yaml
 from consul_prom import snippets
 from consul_prom.settings import load
 from tests.services.consul import Consul
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import wait_until
 
@@ -144,6 +145,33 @@ def test_tls_and_password(consul: Consul, start: Start, certificates: Certificat
             within=60,
             what="scrapes go on",
         )
+
+
+def test_hooks(consul: Consul, certificates: Certificates, tmp_path: Path) -> None:
+    """Under Gunicorn's hooks the same file guards the master's page: it is https, checked, and asks for a password."""
+    users = {"prometheus": bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(10)).decode()}
+    (tmp_path / "web.yml").write_text(
+        yaml.safe_dump({"tls_server_config": certificates.server, "basic_auth_users": users})
+    )
+    settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_HOST": "web-1"}
+    settings |= {"CONSUL_PROM_WEB_CONFIG": str(tmp_path / "web.yml"), "CONSUL_PROM_CHECK_INTERVAL": "1s"}
+    settings |= {"CONSUL_PROM_ADDRESS": "127.0.0.1"}
+    with Gunicorn("tests.e2e.plain:wsgi", workers=1, worker_class="sync", settings=settings, options=HOOKS):
+        wait_until(lambda: len(checks(consul)) == 2, within=60, what="the worker's and the master's entry")
+        options: dict[str, Any] = {"tls_config": {"ca_file": certificates.ca}}
+        with Prometheus(scrape_config(consul, **options)) as prometheus:
+            wait_until(
+                lambda: prometheus.query_value("count(up == 0)") == 2, within=60, what="scrapes without a password"
+            )
+            assert all("401" in target["lastError"] for target in prometheus.targets())
+        options["basic_auth"] = {"username": "prometheus", "password": PASSWORD}
+        with Prometheus(scrape_config(consul, **options)) as prometheus:
+            wait_until(
+                lambda: prometheus.query_value("gunicorn_workers") == 1, within=60, what="a scrape of the master's"
+            )
+        for check in checks(consul):
+            assert check["Status"] == "passing"
+            assert "HTTP GET https://127.0.0.1:" in check["Output"]
 
 
 def test_client_certificates(consul: Consul, start: Start, certificates: Certificates) -> None:
