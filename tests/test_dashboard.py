@@ -15,7 +15,7 @@ from consul_prom.settings import Settings, load
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.program import own_address
-from tests.services.prometheus import Prometheus
+from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
 MakeSettings = Callable[..., Settings]
@@ -82,7 +82,7 @@ def test_every_panel_has_data(board: dict[str, Any]) -> None:
         settings = load({"service": "shop", "consul_http_addr": consul.url}, environ={})
         config, address = yaml.safe_load(snippets.prometheus(settings)), own_address()
         itself = {"job_name": "prometheus", "static_configs": [{"targets": [f"{address}:9090"]}]}
-        with Prometheus([*config["scrape_configs"], itself], address=address) as prometheus:
+        with Prometheus([*config["scrape_configs"], itself], address=address, flags=HASTY) as prometheus:
 
             def lacking() -> list[str]:
                 shop.get("/fire")

@@ -17,7 +17,7 @@ from tests.services.binaries import require
 from tests.services.building import CONSUL, PROMETHEUS
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
-from tests.services.prometheus import Prometheus
+from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def test_shop_works() -> None:
     ):
         config = parsed("prometheus/workers.yml")
         config["scrape_configs"][0]["consul_sd_configs"][0]["server"] = consul.url.removeprefix("http://")
-        with Prometheus(config | {"rule_files": [str(DEPLOY / "prometheus" / "rules.yml")]}) as prometheus:
+        with Prometheus(config | {"rule_files": [str(DEPLOY / "prometheus" / "rules.yml")]}, flags=HASTY) as prometheus:
             for number in range(5):
                 assert shop.get(f"/products/{number}") == f"Product {number}.\n"
             wait_until(lambda: prometheus.query_value("job:up:count") == 4, within=90, what="four workers, recorded")

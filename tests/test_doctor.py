@@ -22,7 +22,7 @@ from consul_prom.snippets import write_rule
 from tests.acl.access import Access
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
-from tests.services.prometheus import Prometheus
+from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, SCRIPT, meta
 
@@ -122,7 +122,7 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
     start()
     start()
     before = consul.call("/v1/agent/services")[1]
-    with Prometheus(scrape(consul)) as prometheus:
+    with Prometheus(scrape(consul), flags=HASTY) as prometheus:
         wait_until(lambda: prometheus.query_value("count(up == 1)") == 2, within=60, what="both scraped")
         found = examine("--prometheus", prometheus.url)
         assert {finding.state for finding in found.values()} == {"ok"}
@@ -140,7 +140,10 @@ def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path)
     """The page of Gunicorn's master is a target, and no worker; when all are dead, it is named with them."""
     settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_HOST": "web-1"}
     settings |= {"CONSUL_PROM_DIR": str(slot_directory)}
-    with Gunicorn(workers=2, settings=settings, options=HOOKS) as shop, Prometheus(scrape(consul)) as prometheus:
+    with (
+        Gunicorn(workers=2, settings=settings, options=HOOKS) as shop,
+        Prometheus(scrape(consul), flags=HASTY) as prometheus,
+    ):
         wait_until(lambda: prometheus.query_value("count(up == 1)") == 3, within=60, what="all scraped")
         result = run("--prometheus", prometheus.url)
         assert result.exit_code == 0, result.stdout
@@ -358,7 +361,7 @@ class TestPrometheus:
     def test_not_scraped(self, examine: Examine, start: Start, consul: Consul) -> None:
         """Workers that Prometheus does not look for are found."""
         start()
-        with Prometheus(scrape(consul).replace("[shop-metrics]", "[other]")) as prometheus:
+        with Prometheus(scrape(consul).replace("[shop-metrics]", "[other]"), flags=HASTY) as prometheus:
             found = examine("--prometheus", prometheus.url)
             assert wrong(found) == {"targets"}
             assert "does not scrape shop.web-1.0" in found["targets"].sentence
@@ -368,7 +371,7 @@ class TestPrometheus:
         start()
         config = yaml.safe_load(scrape(consul))
         config["scrape_configs"][0]["metrics_path"] = "/nonsense"
-        with Prometheus(config) as prometheus:
+        with Prometheus(config, flags=HASTY) as prometheus:
             wait_until(lambda: prometheus.query_value("count(up == 0)") == 1, within=60, what="a failed scrape")
             found = examine("--prometheus", prometheus.url)
             assert wrong(found) == {"targets"}
@@ -380,7 +383,7 @@ class TestPrometheus:
         start()
         config = yaml.safe_load(scrape(consul))
         config["scrape_configs"][0]["relabel_configs"].append({"target_label": "instance", "replacement": "shop"})
-        with Prometheus(config) as prometheus:
+        with Prometheus(config, flags=HASTY) as prometheus:
             wait_until(lambda: len(prometheus.targets()) == 2, within=60, what="two targets")
             found = examine("--prometheus", prometheus.url)
             assert "labels" in wrong(found)
@@ -389,7 +392,7 @@ class TestPrometheus:
     def test_short_lives(self, examine: Examine, start: Start, consul: Consul) -> None:
         """Workers that live for few scrapes are found."""
         start(), start()
-        with Prometheus(scrape(consul), interval="1s") as prometheus:
+        with Prometheus(scrape(consul), flags=HASTY) as prometheus:
             wait_until(lambda: prometheus.query_value("count(up == 1)") == 2, within=60, what="a scrape")
             targets = prometheus.targets()
         slow = [{**target, "scrapeInterval": "5m"} for target in targets]

@@ -17,7 +17,7 @@ from consul_prom.devagent import DevAgent
 from consul_prom.settings import load
 from consul_prom.tally import Masters
 from tests.services.gunicorn import Gunicorn
-from tests.services.prometheus import Prometheus
+from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
         thread.join()
     assert b"rows_total 1000.0" in Gateway.pushed[0]
     text = snippets.prometheus(load({"service": "nightly", "consul_http_addr": agent.url}, environ={}))
-    with Prometheus(text) as prometheus:
+    with Prometheus(text, flags=HASTY) as prometheus:
         call = f"{after}\nimport time\njob(lambda: time.sleep(0.02))"
         running_job = threading.Thread(target=python, args=(call, agent, tmp_path))
         running_job.start()

@@ -22,7 +22,7 @@ from consul_prom import snippets
 from consul_prom.settings import load
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
-from tests.services.prometheus import Prometheus
+from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -131,11 +131,11 @@ def test_tls_and_password(consul: Consul, start: Start, certificates: Certificat
     _, entry = consul.call("/v1/agent/service/shop.web-1.0")
     assert entry["Meta"]["scheme"] == "https"
     options = {"tls_config": {"ca_file": certificates.ca}}
-    with Prometheus(scrape_config(consul, **options)) as prometheus:
+    with Prometheus(scrape_config(consul, **options), flags=HASTY) as prometheus:
         wait_until(lambda: up(prometheus, 0), within=60, what="a scrape without a password")
         assert "401" in prometheus.targets()[0]["lastError"]
     options["basic_auth"] = {"username": "prometheus", "password": PASSWORD}
-    with Prometheus(scrape_config(consul, **options)) as prometheus:
+    with Prometheus(scrape_config(consul, **options), flags=HASTY) as prometheus:
         wait_until(lambda: prometheus.query_value("answer") == 42, within=60, what="a scrape with a password")
         assert up(prometheus, 1)
         before, replaced_at = served_certificate(entry), time.time()
@@ -161,12 +161,12 @@ def test_hooks(consul: Consul, certificates: Certificates, tmp_path: Path) -> No
     with Gunicorn("tests.e2e.plain:wsgi", workers=1, worker_class="sync", settings=settings, options=HOOKS):
         wait_until(lambda: len(checks(consul)) == 2, within=60, what="the worker's and the master's entry")
         for entry in consul.call("/v1/agent/services")[1].values():
+            trusting = ssl.create_default_context(cafile=certificates.ca)
             with pytest.raises(urllib.error.HTTPError, match="401"):
-                trusting = ssl.create_default_context(cafile=certificates.ca)
                 urllib.request.urlopen(f"https://127.0.0.1:{entry['Port']}/metrics", timeout=10, context=trusting)
         options = {"tls_config": {"ca_file": certificates.ca}}
         options["basic_auth"] = {"username": "prometheus", "password": PASSWORD}
-        with Prometheus(scrape_config(consul, **options)) as prometheus:
+        with Prometheus(scrape_config(consul, **options), flags=HASTY) as prometheus:
             wait_until(
                 lambda: prometheus.query_value("gunicorn_workers") == 1, within=60, what="a scrape of the master's"
             )
@@ -190,9 +190,9 @@ def test_client_certificates(consul: Consul, start: Start, certificates: Certifi
     (check,) = checks(consul)
     assert check["Type"] == "tcp"
     tls = {"ca_file": certificates.ca}
-    with Prometheus(scrape_config(consul, tls_config=tls)) as prometheus:
+    with Prometheus(scrape_config(consul, tls_config=tls), flags=HASTY) as prometheus:
         wait_until(lambda: up(prometheus, 0), within=60, what="a scrape without a certificate")
-    with Prometheus(scrape_config(consul, tls_config={**tls, **certificates.client})) as prometheus:
+    with Prometheus(scrape_config(consul, tls_config={**tls, **certificates.client}), flags=HASTY) as prometheus:
         wait_until(lambda: prometheus.query_value("answer") == 42, within=60, what="a scrape with a certificate")
     time.sleep(2.5)  # two checks more, which a check that asks for pages would have failed
     assert was_checked(consul)

@@ -5,13 +5,16 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlencode
 
 import yaml
 
 from tests.services.binaries import require
 from tests.services.program import Program
+
+HASTY: Final = ("--scrape.discovery-reload-interval=500ms",)
+"""Flags with which new targets are taken up at once; without, Prometheus gathers changes for 5 s."""
 
 
 class PromtoolRefusal(AssertionError):
