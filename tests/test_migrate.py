@@ -127,6 +127,15 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         pass
 
 
+AWAIT = """
+import os, pathlib, time
+scraped = pathlib.Path(os.environ["CONSUL_PROM_DIR"]).with_name("scraped")
+def work():
+    while not scraped.exists():
+        time.sleep(0.02)
+"""
+
+
 def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
     """Before, the last value was pushed; now Prometheus scrapes the job while it runs, and no entry is left."""
     before, after = pair("From the Pushgateway, for a job")
@@ -140,11 +149,12 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
     assert b"rows_total 1000.0" in Gateway.pushed[0]
     text = snippets.prometheus(load({"service": "nightly", "consul_http_addr": agent.url}, environ={}))
     with Prometheus(text, flags=HASTY) as prometheus:
-        call = f"{after}\nimport time\njob(lambda: time.sleep(0.02))"
+        call = f"{after}{AWAIT}\njob(work)"
         running_job = threading.Thread(target=python, args=(call, agent, tmp_path))
         running_job.start()
         query = 'rows_total{job="nightly"}'
-        wait_until(lambda: (prometheus.query_value(query) or 0) > 1, within=60, what="a scrape of the job")
+        wait_until(lambda: prometheus.query_value(query) == 1, within=60, what="a scrape of the job")
+        (tmp_path / "scraped").touch()
         running_job.join()
     assert not agent.state.services
 
