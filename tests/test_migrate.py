@@ -4,9 +4,12 @@ import http.server
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from consul_prom import snippets
 from consul_prom.devagent import DevAgent
 from consul_prom.settings import load
 from consul_prom.tally import Masters
-from tests.services.gunicorn import Gunicorn
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
@@ -157,6 +160,29 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
         (tmp_path / "scraped").touch()
         running_job.join()
     assert not agent.state.services
+
+
+def test_statsd(agent: DevAgent, tmp_path: Path) -> None:
+    """The names on the left are those that Gunicorn sends to statsd; what is now on the right of them is there."""
+    sent: set[str] = set()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(0.1)
+
+        def receive() -> set[str]:
+            with suppress(TimeoutError):
+                while True:
+                    sent.update(re.findall(r"^[\w.]+", statsd.recv(65536).decode(), re.MULTILINE))
+            return sent
+
+        options = (f"--statsd-host=127.0.0.1:{statsd.getsockname()[1]}", *HOOKS)
+        settings = {"CONSUL_HTTP_ADDR": agent.url, "CONSUL_PROM_SERVICE": "shop"}
+        with Gunicorn("tests.e2e.wsgi_app:app", worker_class="sync", settings=settings, options=options) as shop:
+            shop.call("/fail")
+            os.kill(min(shop.workers()), signal.SIGKILL)
+            left = set(re.findall(r"`(gunicorn\.[\w.]+)` \|", TEXT))
+            assert len(left) >= 5
+            wait_until(lambda: left <= receive(), within=30, what=f"all of {left}")
 
 
 def test_names_are_ours(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ async def test_application() -> None:
         REGISTRY.unregister(reqs)
 
 
+def test_first_screen() -> None:
+    """Problem, picture and cure fit one screen, which says what is so below; the whole is read in minutes."""
+    first = README.split("\n## ")[0]
+    assert first.count("\n") <= 40
+    assert block("py").strip() in block("python")
+    assert block("sh").strip() in README.replace(block("sh"), "", 1)
+    assert README.count("\n") <= 350
+
+
 def test_snippet() -> None:
     """The scrape configuration is the one that the command prints."""
     assert block("yaml") == snippets.prometheus(load({"service": "shop"}, environ={}))
