@@ -162,6 +162,24 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
     assert not agent.state.services
 
 
+def test_statsd_client(agent: DevAgent, tmp_path: Path) -> None:
+    """What was sent as counter and timer is counted and timed, by a label, and in seconds."""
+    before, after = pair("From statsd or DogStatsD clients")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(10)
+        python(f"{before}\nsold({statsd.getsockname()!r}, 0.25)", agent, tmp_path)
+        sent = [statsd.recv(1000) for _ in range(2)]
+    assert sent == [b"orders:1|c|#view:fire", b"orders.duration:250.0|ms|#view:fire"]
+    page = python(
+        f"{after}\nimport prometheus_client\nsold(0.25)\nprint(prometheus_client.generate_latest().decode())",
+        agent,
+        tmp_path,
+    )
+    assert 'orders_total{view="fire"} 1.0' in page
+    assert 'orders_duration_seconds_sum{view="fire"} 0.25' in page
+
+
 def test_statsd(agent: DevAgent, tmp_path: Path) -> None:
     """The names on the left are those that Gunicorn sends to statsd; what is now on the right of them is there."""
     sent: set[str] = set()

@@ -7,9 +7,12 @@ service "shop-metrics" { policy = "write" }
 # address, unless CONSUL_PROM_ADDRESS is set.
 # agent_prefix "" { policy = "read" }
 
-# ==== The commands: consul-prom list, consul-prom deregister
+# ==== The commands: consul-prom list, deregister, doctor, top
 # To see the entries, whose health comes with them, and to remove those of dead workers.
 service "shop-metrics" { policy = "write" }
+# Optional, for doctor and top: to see other hosts' workers, and what the agent tells of itself.
+# node_prefix "" { policy = "read" }
+# agent_prefix "" { policy = "read" }
 
 # ==== Prometheus
 # To read the entries, and the nodes that they are on: without the second it finds nothing, and says nothing.
