@@ -113,7 +113,7 @@ def test_alerts_help(text: str) -> None:
 
 
 def test_records(text: str) -> None:
-    """What is recorded is the sum over the workers, with the instance away, and a worker that began anew counts on."""
+    """What is recorded is the sum over the workers, not their master; a worker that began anew counts on."""
     requests = {
         f'http_requests_total{{job="shop", instance="web-1:{slot}", method="GET", route="/", status="200"}}': values
         for slot, values in ((0, "0+15x40"), (1, "0+15x20 15+15x20"))
@@ -123,12 +123,15 @@ def test_records(text: str) -> None:
     expected = {"labels": f'{name}{{job="shop", method="GET", route="/", status="200"}}', "value": 2}
     bucket_name = "job_method_route_le:http_request_duration_seconds_bucket:rate5m"
     in_bucket = {"labels": f'{bucket_name}{{job="shop", method="GET", route="/", le="0.1"}}', "value": 1}
+    ups = {f'up{{job="shop", instance="web-1:{slot}"}}': "1x40" for slot in (0, 1, "master")}
+    up = {"labels": 'job:up:count{job="shop"}', "value": 2}
     case = {
         "interval": "15s",
-        "input_series": series({**requests, bucket: "0+15x40"}),
+        "input_series": series({**requests, bucket: "0+15x40", **ups}),
         "promql_expr_test": [
             {"expr": name, "eval_time": "8m", "exp_samples": [expected]},
             {"expr": bucket_name, "eval_time": "5m", "exp_samples": [in_bucket]},
+            {"expr": "job:up:count", "eval_time": "5m", "exp_samples": [up]},
         ],
     }
     promtool_test_rules(text, case)
