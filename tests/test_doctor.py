@@ -389,12 +389,11 @@ class TestPrometheus:
             assert "labels" in wrong(found)
             assert "series are mixed" in found["labels"].sentence
 
-    def test_short_lives(self, examine: Examine, start: Start, consul: Consul) -> None:
+    def test_short_lives(self, start: Start, consul: Consul) -> None:
         """Workers that live for few scrapes are found."""
-        start(), start()
+        start()
         with Prometheus(scrape(consul), flags=HASTY) as prometheus:
-            wait_until(lambda: prometheus.query_value("count(up == 1)") == 2, within=60, what="a scrape")
-            targets = prometheus.targets()
+            targets = wait_until(prometheus.targets, within=60, what="a target")
         slow = [{**target, "scrapeInterval": "5m"} for target in targets]
         starts = [{"metric": {}, "value": [0, "10"]}]
         assert doctor._lifetime(targets, starts).state == "ok"

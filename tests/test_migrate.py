@@ -151,7 +151,7 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
         thread.join()
     assert b"rows_total 1000.0" in Gateway.pushed[0]
     text = snippets.prometheus(load({"service": "nightly", "consul_http_addr": agent.url}, environ={}))
-    with Prometheus(text, flags=HASTY) as prometheus:
+    with Prometheus(text.replace("refresh_interval: 5s", "refresh_interval: 1s"), flags=HASTY) as prometheus:
         call = f"{after}{AWAIT}\njob(work)"
         running_job = threading.Thread(target=python, args=(call, agent, tmp_path))
         running_job.start()
@@ -195,7 +195,9 @@ def test_statsd(agent: DevAgent, tmp_path: Path) -> None:
 
         options = (f"--statsd-host=127.0.0.1:{statsd.getsockname()[1]}", *HOOKS)
         settings = {"CONSUL_HTTP_ADDR": agent.url, "CONSUL_PROM_SERVICE": "shop"}
-        with Gunicorn("tests.e2e.wsgi_app:app", worker_class="sync", settings=settings, options=options) as shop:
+        with Gunicorn(
+            "tests.e2e.wsgi_app:app", workers=1, worker_class="sync", settings=settings, options=options
+        ) as shop:
             shop.call("/fail")
             os.kill(min(shop.workers()), signal.SIGKILL)
             left = set(re.findall(r"`(gunicorn\.[\w.]+)` \|", TEXT))
