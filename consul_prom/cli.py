@@ -9,18 +9,21 @@ import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 import click
+from click.shell_completion import get_completion_class
 
-from consul_prom import __version__, caretaker, snippets
+from consul_prom import __version__, caretaker, dashboard, rules, snippets
 from consul_prom.caretaker import Entry, Outcome, Verdict
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentConfused, AgentTimeout, AgentUnreachable, ConsulPromError, SettingsError
 from consul_prom.registration import origin
 from consul_prom.screen import Screen
 from consul_prom.settings import ROWS, Row, Settings, load
+from consul_prom.top import HEAD, Reading, line, ordered, total, watch
 
 T = TypeVar("T")
 
@@ -58,10 +61,20 @@ class _Commands(click.Group):
 def commands() -> None:
     """Metrics of a multi-process Python server: every worker its own Prometheus target, found through Consul.
 
-    Every command reads the same environment variables as the workers; options beat them. Secrets have no option.
+    Every command reads the same environment variables as the workers; options beat them. What `config settings` shows
+    and a command heeds is an option too, shown or not, but for secrets.
 
     Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 the agent cannot be reached.
+
+    \b
+    Examples:
+      consul-prom demo
+      consul-prom config prometheus --service shop
+      CONSUL_HTTP_ADDR=https://consul:8501 consul-prom doctor --service shop
     """
+
+
+_SHOWN: Final = {"service", "consul_service", "host", "consul_http_addr", "consul_http_token_file"}
 
 
 def _reads(*names: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
@@ -95,9 +108,9 @@ def _flag(name: str) -> str:
 
 
 def _option(row: Row) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    default = row.shown or row.default
-    note = f"[env: {row.env}; default: {default}]" if default else f"[env: {row.env}]"
-    return click.option(_flag(row.name), row.name, metavar=row.kind.upper(), help=f"{row.help} {note}")
+    """All are taken, and few shown: a screen has room for those that one looks for."""
+    help_ = f"{row.help} [{row.env}]"
+    return click.option(_flag(row.name), row.name, metavar="TEXT", help=help_, hidden=row.name not in _SHOWN)
 
 
 @commands.command("list")
@@ -107,6 +120,10 @@ def list_(settings: Settings, *, as_json: bool) -> None:
     """List the workers that the agent knows, with their health and whether they live.
 
     The lock of its slot or its process tells whether a worker lives; both can be seen on its own host only.
+
+    \b
+    Example:
+      consul-prom list --json | jq -r '.[] | select(.status=="critical").id'
     """
     found = _with_agent(settings, lambda agent: _look(agent, settings))
     facts = [{**_facts(entry, verdict), "status": status} for entry, verdict, status in found]
@@ -144,6 +161,11 @@ def deregister(settings: Settings, *, dry_run: bool, ids: Sequence[str], everyth
 
     Without --id and --all: those of this host whose worker is provably dead, since the lock of its slot is free or,
     where that cannot be told, its process is gone. An entry that consul-prom did not make is never touched.
+
+    \b
+    Examples:
+      consul-prom deregister --dry-run
+      consul-prom deregister --service shop --all      (as systemd's ExecStopPost)
     """
     if ids and everything:
         raise click.UsageError("--id and --all exclude each other")
@@ -222,6 +244,99 @@ def _why(outcome: Outcome) -> str:
     return outcome.verdict.proof + ("; it registers again within seconds" if again else "")
 
 
+@commands.command()
+@click.option("--prometheus", default="", metavar="URL", help="A Prometheus that shall scrape the workers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_reads("service", "consul_service", "host", "address", "bind", "port", "dir", "web_config")
+def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:
+    """Look for what keeps the workers from being registered and scraped, and say what to do.
+
+    Run it on the workers' host, as their user and with their settings. It only looks.
+
+    \b
+    Example:
+      consul-prom doctor --service shop --prometheus http://prometheus:9090
+    """
+    from consul_prom.doctor import Finding, examine
+
+    findings: list[Finding] = []
+    screen = Screen()
+
+    async def work(agent: AgentClient) -> None:
+        async with aclosing(examine(settings, agent, prometheus=prometheus)) as found:
+            async for finding in found:
+                findings.append(finding)
+                if not as_json:
+                    sign, style = _SIGNS[finding.state]
+                    screen.say(f"{sign} {finding.check:10} {finding.sentence}", style=style)
+                    if finding.cure and finding.state != "ok":
+                        screen.say(f"  {'':10} {finding.cure}")
+
+    _with_agent(settings, work)
+    if as_json:
+        _print_json(finding._asdict() for finding in findings)
+    wrong = {finding.check for finding in findings if finding.state == "wrong"}
+    if "agent" in wrong:
+        raise click.exceptions.Exit(_NoAgent.exit_code)
+    if wrong:
+        raise click.exceptions.Exit(FINDING)
+
+
+_SIGNS: Final = {"ok": ("\u2713", "green"), "wrong": ("\u2717", "red"), "unknown": ("\u2013", "yellow")}
+
+
+@commands.command()
+@click.option("--once", is_flag=True, help="Look twice, a second apart, print a table and end.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+@click.option(
+    "--sort",
+    type=click.Choice(["instance", "requests", "in_progress", "p99", "memory", "cpu", "lag", "age"]),
+    default="instance",
+    show_default=True,
+    help="What the largest of comes first.",
+)
+@click.option("--filter", "containing", default="", metavar="TEXT", help="Only instances that contain it: a host, say.")
+@click.option("--interval", type=click.FloatRange(0.2), default=2.0, show_default=True, help="Seconds between looks.")
+@_reads("service", "consul_service")
+def top(settings: Settings, *, once: bool, as_json: bool, sort: str, containing: str, interval: float) -> None:
+    """Show the workers of a service, on all hosts, as they are now. Ctrl-C ends it.
+
+    prog: requests in progress; lag: of the event loop; scr: since somebody else scraped it. Exit code 1 with --once
+    and --json: a worker cannot be read.
+
+    \b
+    Example:
+      consul-prom top --service shop --sort p99 --filter web-1:
+    """
+    if not settings.service:
+        raise _Usage("no service name: pass --service or set CONSUL_PROM_SERVICE")
+    single = once or as_json
+    rows: list[Reading] = []
+
+    async def work(agent: AgentClient) -> None:
+        async with aclosing(watch(settings, agent, interval=1.0 if single else interval)) as looks:
+            with nullcontext(lambda _rows: None) if single else Screen().live() as show:
+                number = 0
+                async for look in looks:
+                    rows[:], number = ordered(look, by=sort, containing=containing), number + 1
+                    show(_lines(rows, settings))
+                    if single and number == 2:
+                        return
+
+    with suppress(KeyboardInterrupt):
+        _with_agent(settings, work)
+    if as_json:
+        _print_json(asdict(row) for row in rows)
+    elif once:
+        Screen().verbatim("\n".join(_lines(rows, settings)))
+    if single and any(row.state not in {"up", "adopted"} for row in rows):
+        raise click.exceptions.Exit(FINDING)
+
+
+def _lines(rows: Sequence[Reading], settings: Settings) -> list[str]:
+    return [HEAD, line(total(rows)), *map(line, rows)] if rows else [_nothing(settings)]
+
+
 @commands.group(cls=_Commands)
 def config() -> None:
     """Print configuration."""
@@ -236,10 +351,30 @@ def config_acl(settings: Settings) -> None:
 
 @config.command("prometheus")
 @click.option("--all-services", is_flag=True, help="One job section for whatever consul-prom registers, by its tag.")
+@click.option("--datacenter", default="", metavar="NAME", help="Consul's datacenter; the agent's own unless set.")
+@_reads("service", "consul_service", "web_config")
+def config_prometheus(settings: Settings, *, all_services: bool, datacenter: str) -> None:
+    """Print the scrape configuration for Prometheus; the agent is not asked.
+
+    \b
+    Example:
+      consul-prom config prometheus --service shop > /etc/prometheus/shop.yml
+    """
+    click.echo(snippets.prometheus(settings, all_services=all_services, datacenter=datacenter), nl=False)
+
+
+@config.command("rules")
 @_reads("service", "consul_service")
-def config_prometheus(settings: Settings, *, all_services: bool) -> None:
-    """Print the scrape configuration for Prometheus; the agent is not asked."""
-    click.echo(snippets.prometheus(settings, all_services=all_services), nl=False)
+def config_rules(settings: Settings) -> None:
+    """Print recording rules and alerts for Prometheus; the agent is not asked."""
+    click.echo(rules.rules(settings), nl=False)
+
+
+@config.command("grafana")
+@_reads("service")
+def config_grafana(settings: Settings) -> None:
+    """Print a dashboard for Grafana; the agent is not asked."""
+    click.echo(dashboard.grafana(settings), nl=False)
 
 
 @config.command("settings")
@@ -263,6 +398,23 @@ def demo(*, keep: bool) -> None:
         run(keep=keep, screen=Screen())
     except DemoError as error:
         raise _Failure(str(error)) from error
+
+
+@commands.command()
+@click.argument("shell", type=click.Choice(["bash", "fish", "zsh"]))
+def completion(shell: str) -> None:
+    """Print what completes our commands and options in a shell.
+
+    \b
+    Examples:
+      consul-prom completion bash > ~/.config/consul-prom.bash   (and source it)
+      consul-prom completion fish > ~/.config/fish/completions/consul-prom.fish
+      consul-prom completion zsh > "${fpath[1]}/_consul-prom"
+    """
+    kind = get_completion_class(shell)
+    if kind is None:
+        raise _Failure(f"click knows no completion for {shell}")
+    click.echo(kind(commands, {}, "consul-prom", "_CONSUL_PROM_COMPLETE").source())
 
 
 @commands.command()

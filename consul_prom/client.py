@@ -23,6 +23,7 @@ from yarl import URL
 from consul_prom.errors import (
     AgentBusy,
     AgentConfused,
+    AgentDenied,
     AgentFailed,
     AgentNotFound,
     AgentTimeout,
@@ -123,6 +124,28 @@ class AgentClient:
         path = f"/v1/catalog/service/{quote(name, safe='')}"
         return bool(await self._transport.get(_found_or_withheld, path, params))
 
+    async def catalogue(self, name: str) -> list[dict[str, Any]]:
+        """The entries of a service on all nodes.
+
+        Raises:
+            AgentDenied: some are withheld; the token needs ``node:read``.
+        """
+        found = await self._transport.get(
+            _found_and_told, f"/v1/catalog/service/{quote(name, safe='')}", most=LARGEST_ANSWER
+        )
+        return [expect(entry, dict) for entry in found]
+
+    async def may_write(self, name: str) -> bool:
+        """Whether the token may register *name*; Consul's own UI asks this way. Without ACLs everybody may."""
+        body = json.dumps([{"Resource": "service", "Access": "write", "Segment": name}])
+        try:
+            found = await self._transport.post(self._json(), "/v1/internal/acl/authorize", data=body)
+        except AgentDenied as error:
+            if "ACL support disabled" in str(error):
+                return True
+            raise
+        return all(expect(answer, dict).get("Allow") for answer in found)
+
     async def deregister_from_catalogue(self, entry_id: str, node: str) -> None:
         """Remove an entry that the agent no longer has, but lacked the right to remove from the catalogue."""
         body = json.dumps({"Node": node, "ServiceID": entry_id})
@@ -196,6 +219,9 @@ class _Transport:
         if path == _REGISTER:
             params = {"replace-existing-checks": "true"}  # which python-consul2 does not know
         return await self._call(callback, "PUT", path, params, headers, data=data)
+
+    async def post(self, callback: Callable[[Any], Any], path: str, *, data: str) -> Any:
+        return await self._call(callback, "POST", path, None, None, data=data)
 
     async def aclose(self) -> None:
         if self._session:
@@ -323,3 +349,11 @@ async def _mapped(settings: Settings, deadline: float) -> AsyncIterator[None]:
 def _found_or_withheld(response: Any) -> bool:
     """Whether a list has items, or would have them for a token with more rights."""
     return bool(json.loads(response.body)) or "X-Consul-Results-Filtered-By-ACLs" in response.headers
+
+
+def _found_and_told(response: Any) -> list[Any]:
+    """A list, of which nothing is withheld."""
+    if "X-Consul-Results-Filtered-By-ACLs" in response.headers:
+        raise AgentDenied("the token may not read nodes, so the agent withholds entries")
+    found = json.loads(response.body)
+    return found if isinstance(found, list) else []

@@ -14,17 +14,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 from weakref import WeakSet
 
-from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import BaseRequest, Response, Server
 
+from consul_prom.door import Door, Network
 from consul_prom.errors import AgentDenied, AgentError, EndpointError
+from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,8 @@ START_DEADLINE: Final = 5.0
 FORK_PATIENCE: Final = 5.0
 ASK_AGENT: Final = 2.0
 REPEAT_LOG: Final = 600.0
+MOST_HEADERS: Final = 64  # of 8 KiB each
+_HEALTHY: Final = "/-/healthy"  # which asks for no password: the agent has none
 
 
 class MetricsThread:
@@ -253,7 +257,8 @@ class Endpoint:
     """``/metrics``, ``/-/healthy`` and a page for people on one socket.
 
     *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers and body.
-    *about* tells the page for people what to show. *on_scrape* is told the seconds that rendering took.
+    *about* tells the page for people what to show. *on_scrape* is told the seconds that rendering took. *allow* are the
+    networks that may come, *web* the TLS and the passwords.
     """
 
     def __init__(
@@ -262,34 +267,64 @@ class Endpoint:
         render: Callable[[str, str, list[str]], tuple[Mapping[str, str], bytes]],
         about: Callable[[], Mapping[str, str]],
         on_scrape: Callable[[float], None],
+        allow: Sequence[Network] = (),
+        web: WebConfig | None = None,
     ) -> None:
         self._render = render
         self._about = about
         self._on_scrape = on_scrape
-        self._server = web.Server(self._handle, access_log=None, logger=_ServerLog(log))
-        self._listener: asyncio.Server | None = None
+        self._web = web
+        self._server = Server(
+            self._handle,
+            access_log=None,
+            logger=_ServerLog(log),
+            handler_cancellation=True,
+            lingering_time=0,  # a body that nobody asked for is not waited for
+            max_headers=MOST_HEADERS,
+        )
+        self._door = Door(self._server, allow=allow, tls=web.tls if web else lambda: None)
+        self._without_password = ""
         self._broken_at: float | None = None
         self.last_scrape: float | None = None
 
     async def serve(self, server: socket.socket) -> None:
-        self._listener = await asyncio.get_running_loop().create_server(self._server, sock=server)
+        self._door.open(server)
 
     async def aclose(self, *, grace: float = 0.2) -> None:
         """Stop listening; requests that are being answered have *grace* seconds more."""
-        if self._listener:
-            self._listener.close()
+        self._door.close()
         await self._server.shutdown(grace)
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        answers = {"/metrics": self._scrape, "/-/healthy": self._healthy, "/": self._home}
+    async def _handle(self, request: BaseRequest) -> Response:
+        self._door.heard(request.protocol)
+        if self._web is None:
+            return self._answer(request)
+        permitted = request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", ""))
+        response = self._answer(request) if permitted else self._unauthorized(request)
+        response.headers.update(self._web.headers)
+        return response
+
+    @property
+    def turned_away(self) -> str:
+        """Who did not come in, last, and why, as a sentence; or ""."""
+        return self._without_password or self._door.turned_away
+
+    def _unauthorized(self, request: BaseRequest) -> Response:
+        self._without_password = (
+            f"{request.remote} came without a password that CONSUL_PROM_WEB_CONFIG has (basic_auth in scrape_configs)"
+        )
+        return Response(status=401, text="unauthorized\n", headers={"WWW-Authenticate": "Basic"})
+
+    def _answer(self, request: BaseRequest) -> Response:
+        answers = {"/metrics": self._scrape, _HEALTHY: self._healthy, "/": self._home}
         answer = answers.get(request.path)
         if answer is None:
-            return web.Response(status=404, text="not found\n")
+            return Response(status=404, text="not found\n")
         if request.method not in {"GET", "HEAD"}:
-            return web.Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD"})
+            return Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD"})
         return answer(request)
 
-    def _scrape(self, request: web.BaseRequest) -> web.Response:
+    def _scrape(self, request: BaseRequest) -> Response:
         self.last_scrape, begun = time.time(), time.perf_counter()
         accept, coding = request.headers.get("Accept", ""), request.headers.get("Accept-Encoding", "")
         try:
@@ -302,25 +337,25 @@ class Endpoint:
         if self._broken_at is not None:
             log.info("the metrics can be rendered again")
         self._broken_at = None
-        return web.Response(body=body, headers=headers)
+        return Response(body=body, headers=headers)
 
-    def _failed(self, error: BaseException) -> web.Response:
+    def _failed(self, error: BaseException) -> Response:
         now = time.monotonic()
         if self._broken_at is None or now - self._broken_at > REPEAT_LOG:
             log.warning("the metrics cannot be rendered; a collector raised", exc_info=error)
             self._broken_at = now
-        return web.Response(status=500, text=f"a collector raised {type(error).__name__}\n")
+        return Response(status=500, text=f"a collector raised {type(error).__name__}\n")
 
-    def _healthy(self, _request: web.BaseRequest) -> web.Response:
-        return web.Response(text="healthy\n")
+    def _healthy(self, _request: BaseRequest) -> Response:
+        return Response(text="healthy\n")
 
-    def _home(self, _request: web.BaseRequest) -> web.Response:
+    def _home(self, _request: BaseRequest) -> Response:
         ago = f"{time.time() - self.last_scrape:.0f} s ago" if self.last_scrape else "never"
         rows = "".join(
             f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
             for key, value in {**self._about(), "last scrape": ago}.items()
         )
-        return web.Response(text=_HOME.format(rows=rows), content_type="text/html")
+        return Response(text=_HOME.format(rows=rows), content_type="text/html")
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

@@ -3,13 +3,15 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from consul_prom.door import Network
 from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError
 from consul_prom.registrar import AgentAPI, Registrar
 from consul_prom.registration import Registration
+from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +22,7 @@ MOMENT: Final = 0.05
 class Guest:
     """Lives in the metrics thread from `start` to `give_up` or `retire`, one of which must come.
 
-    *intact* tells whether what gives us the right to the ID is still ours.
+    *intact* tells whether what gives us the right to the ID is still ours; *allow* and *web* guard its port.
     """
 
     def __init__(
@@ -31,12 +33,16 @@ class Guest:
         *,
         render: Render,
         intact: Callable[[], bool],
+        allow: Sequence[Network] = (),
+        web: WebConfig | None = None,
     ) -> None:
         self._wanted = wanted
         self._listener = listener
         # An idle connection of the agent's 200 is the workers' own; a guest polls.
         self._registrar = Registrar(agent, wanted, watch=False, intact=intact)
-        self._endpoint = Endpoint(render=render, about=self._about, on_scrape=lambda _seconds: None)
+        self._endpoint = Endpoint(
+            render=render, about=self._about, on_scrape=lambda _seconds: None, allow=allow, web=web
+        )
         self._registering: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

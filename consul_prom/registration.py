@@ -27,6 +27,7 @@ class Registration:
     check_timeout: float
     deregister_after: float
     health_path: str
+    tcp_check: bool = False
 
     @property
     def instance(self) -> str:
@@ -43,10 +44,17 @@ class Registration:
     @property
     def check_notes(self) -> str:
         """Says what the agent does not show of a check, so that `check_difference` can see it."""
-        return f"GET {self.check_url}; deregistered after {go_duration(self.deregister_after)} critical"
+        what = f"connect to {self._place}" if self.tcp_check else f"GET {self.check_url}"
+        return f"{what}; deregistered after {go_duration(self.deregister_after)} critical"
+
+    @property
+    def _place(self) -> str:
+        return origin(self.address, self.port).removeprefix("http://")
 
     def document(self) -> dict[str, Any]:
         """The body of ``PUT /v1/agent/service/register``; the check is passing until the agent has tried it."""
+        # The agent asks whether we live, not who we are.
+        kind = {"TCP": self._place} if self.tcp_check else {"HTTP": self.check_url, "TLSSkipVerify": True}
         return {
             "ID": self.id,
             "Name": self.name,
@@ -57,11 +65,10 @@ class Registration:
             "Check": {
                 "Name": self.check_name,
                 "Notes": self.check_notes,
-                "HTTP": self.check_url,
+                **kind,
                 "Interval": go_duration(self.check_interval),
                 "Timeout": go_duration(self.check_timeout),
                 "DeregisterCriticalServiceAfter": go_duration(self.deregister_after),
-                "TLSSkipVerify": True,  # the agent asks whether we live, not who we are
                 "Status": "passing",
             },
         }
@@ -94,8 +101,12 @@ def build(
     pid: int,
     scheme: str = "http",
     health_path: str = HEALTH_PATH,
+    tcp_check: bool = False,
 ) -> Registration:
-    """The registration of the process *pid*, which serves *scheme* at *address* and *port*."""
+    """The registration of the process *pid*, which serves *scheme* at *address* and *port*.
+
+    *tcp_check*: where clients need a certificate, the agent can do no more than connect.
+    """
     instance = f"{settings.host}:{place(slot.number)}"
     ours = {
         **MARKER,
@@ -120,6 +131,7 @@ def build(
         check_timeout=settings.check_timeout,
         deregister_after=settings.deregister_after,
         health_path=health_path,
+        tcp_check=tcp_check,
     )
 
 
@@ -147,7 +159,7 @@ def check_difference(wanted: Registration, existing: Sequence[Mapping[str, Any]]
     pairs = {
         "Name": (wanted.check_name, check.get("Name")),
         "Notes": (wanted.check_notes, check.get("Notes")),
-        "Type": ("http", check.get("Type")),
+        "Type": ("tcp" if wanted.tcp_check else "http", check.get("Type")),
         "Interval": (_milliseconds(wanted.check_interval), _told_milliseconds(check.get("Interval"))),
         "Timeout": (_milliseconds(wanted.check_timeout), _told_milliseconds(check.get("Timeout"))),
     }

@@ -6,6 +6,7 @@ from typing import Final
 
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -71,6 +72,19 @@ class Screen:
             yield lambda: bar.advance(task)
         if not self.is_terminal:
             self.say(f"{label}: {total}")
+
+    @contextmanager
+    def live(self) -> Iterator[Callable[[Sequence[str]], None]]:
+        """Lines that replace each other, as many as the terminal is high; the first two stay. A pipe gets them all."""
+        with Live(console=self._console, auto_refresh=False, screen=self.is_terminal) as live:
+
+            def show(lines: Sequence[str]) -> None:
+                room = self._console.height - 1 if self.is_terminal else len(lines)
+                shown = [*lines[:room], f"and {len(lines) - room} more"] if len(lines) > room + 1 else lines
+                text = Text("\n".join(self._clean(line) for line in shown), no_wrap=True, overflow="crop")
+                live.update(text, refresh=True)
+
+            yield show
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:

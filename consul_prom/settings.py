@@ -247,6 +247,16 @@ def _is_ip6(text: str) -> bool:
     return True
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def _networks(value: str | Iterable[str]) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(item) for item in parse_list(value))
+    except ValueError as error:
+        raise ValueError(f"must be networks like 10.0.0.0/8, parted by commas: {error}") from None
+
+
 def _secret(value: str) -> Secret:
     if not value.isascii() or not value.isprintable():
         raise ValueError("has characters that no HTTP header can carry")
@@ -331,6 +341,22 @@ ROWS: Final = (
     Row("CONSUL_PROM_START_TIMEOUT", "duration", "10s", "How long start waits where REQUIRED.", _at_least(0.1)),
     Row("CONSUL_PROM_STOP_TIMEOUT", "duration", "2s", "How long stop may take.", _at_least(0.1)),
     Row("CONSUL_PROM_REQUIRED", "boolean", "false", "Start raises where it would log and go on.", parse_bool),
+    Row(
+        "CONSUL_PROM_WEB_CONFIG",
+        "path",
+        "",
+        "TLS and passwords of the port: a web-config file, as Prometheus' exporters read it. Needs the extra web.",
+        _text,
+    ),
+    Row(
+        "CONSUL_PROM_ALLOW",
+        "list",
+        "",
+        "Networks that may reach the port, parted by commas, besides this host: Prometheus', the agent's.",
+        _networks,
+        (),
+        shown="all",
+    ),
     Row("CONSUL_PROM_REQUEST_METRICS", "boolean", "true", "Count and time HTTP requests.", parse_bool),
     Row("CONSUL_PROM_DISABLED", "boolean", "false", "Switch everything off.", parse_bool),
     Row(
@@ -373,6 +399,8 @@ class Arguments(TypedDict, total=False):
     start_timeout: str | float
     stop_timeout: str | float
     required: str | bool
+    web_config: str
+    allow: str | Iterable[str]
     request_metrics: str | bool
     disabled: str | bool
     consul_http_addr: str
@@ -409,6 +437,8 @@ class Settings:
     start_timeout: float
     stop_timeout: float
     required: bool
+    web_config: str | None
+    allow: tuple[Network, ...]
     request_metrics: bool
     disabled: bool
     consul_http_addr: AgentAddress

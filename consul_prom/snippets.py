@@ -11,10 +11,10 @@ _PLAIN = re.compile(r"[A-Za-z/][\w./-]*(:[0-9]+)?|([0-9]+\.){3}[0-9]+:[0-9]+", r
 _NO_TEXT = re.compile(r"true|false|yes|no|on|off|y|n|null", re.IGNORECASE)
 
 
-def prometheus(settings: Settings, *, all_services: bool = False) -> str:
+def prometheus(settings: Settings, *, all_services: bool = False, datacenter: str = "") -> str:
     """A ``scrape_configs`` section that finds every worker of the service, or of all services.
 
-    No secret is in it. https://prometheus.io/docs/prometheus/latest/configuration/configuration/#consul_sd_config
+    *datacenter* is Consul's, where it is not to be the agent's own. No secret is in it. https://prometheus.io/docs/prometheus/latest/configuration/configuration/#consul_sd_config
 
     Raises:
         SettingsError: it is to be for one service, and none is set.
@@ -25,7 +25,8 @@ def prometheus(settings: Settings, *, all_services: bool = False) -> str:
         )
     name = TAG if all_services else settings.consul_service
     selection = f"tags: [{TAG}]" if all_services else f"services: [{_scalar(name)}]"
-    return "\n".join((*_head(name), *_discovery(settings, selection), *_RELABELLING, ""))
+    discovery = _discovery(settings, selection, datacenter)
+    return "\n".join((*_head(name), *_guard(settings), *discovery, *_RELABELLING, ""))
 
 
 def acl(settings: Settings) -> str:
@@ -59,7 +60,19 @@ def _head(name: str) -> Iterator[str]:
     yield f"  - job_name: {_scalar(name)}"
 
 
-def _discovery(settings: Settings, selection: str) -> Iterator[str]:
+def _guard(settings: Settings) -> Iterator[str]:
+    """What the workers' port asks of Prometheus; their web-config file names no file and no password of its."""
+    if settings.web_config:
+        yield "    # The workers' port is as their web-config file says. TLS needs their CA, and perhaps a certificate:"
+        yield "    # tls_config:"
+        yield "    #   ca_file: /etc/prometheus/workers-ca.pem"
+        yield "    # basic_auth_users need one of them:"
+        yield "    # basic_auth:"
+        yield "    #   username: prometheus"
+        yield "    #   password_file: /etc/prometheus/workers-password"
+
+
+def _discovery(settings: Settings, selection: str, datacenter: str) -> Iterator[str]:
     address = settings.consul_http_addr
     yield "    consul_sd_configs:"
     if address.socket:
@@ -72,6 +85,9 @@ def _discovery(settings: Settings, selection: str) -> Iterator[str]:
             yield "        scheme: https"
         if address.prefix:
             yield f"        path_prefix: {_scalar(address.prefix)}"
+    if datacenter:
+        yield "        # Set, it is not asked of the agent, and the token needs no agent:read."
+        yield f"        datacenter: {_scalar(datacenter)}"
     yield f"        {selection}"
     yield "        # At most one question to Consul in so long; its default, 30s, is how long new workers would wait."
     yield "        refresh_interval: 5s"
@@ -86,7 +102,8 @@ def _discovery(settings: Settings, selection: str) -> Iterator[str]:
 
 def _token(settings: Settings) -> Iterator[str]:
     if settings.consul_http_token_file:
-        yield "        # A token that may read services, nodes and agents; the file as Prometheus sees it."
+        yield "        # A token that may read services, nodes and agents: consul-prom config acl prints the policy."
+        yield "        # The file is as Prometheus sees it, and read again when it changes."
         yield from _token_file(settings.consul_http_token_file)
     elif settings.consul_http_token:
         yield "        # Consul wants a token that may read services, nodes and agents; put it into a file:"
@@ -125,9 +142,12 @@ _ACL = """\
 # address, unless CONSUL_PROM_ADDRESS is set.
 # agent_prefix "" {{ policy = "read" }}
 
-# ==== The commands: consul-prom list, consul-prom deregister
+# ==== The commands: consul-prom list, deregister, doctor, top
 # To see the entries, whose health comes with them, and to remove those of dead workers.
 {write}
+# Optional, for doctor and top: to see other hosts' workers, and what the agent tells of itself.
+# node_prefix "" {{ policy = "read" }}
+# agent_prefix "" {{ policy = "read" }}
 
 # ==== Prometheus
 # To read the entries, and the nodes that they are on: without the second it finds nothing, and says nothing.

@@ -26,6 +26,8 @@ from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire
 from consul_prom.tally import Masters
+from consul_prom.vigil import Vigil
+from consul_prom.webconfig import WebConfig
 from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
@@ -194,6 +196,7 @@ class _Life:
         self._endpoint: Endpoint | None = None
         self._ends_at: float | None = None
         self._probes: list[Future[Any]] = []
+        self._web = WebConfig(settings.web_config) if settings.web_config else None
         slot = acquire(settings.dir, settings.service)
         try:
             self._metrics = _OwnMetrics(registry)
@@ -271,7 +274,11 @@ class _Life:
             raise EndpointError("this host has no default route to tell its address by: set CONSUL_PROM_ADDRESS")
         self._address = address
         self._listener = listen(self.settings.bind or address, self.settings.port.candidates(self.tenancy.slot.number))
-        self.url = f"{origin(address, self._listener.getsockname()[1])}/metrics"
+        self.url = f"{origin(address, self._listener.getsockname()[1], scheme=self._scheme)}/metrics"
+
+    @property
+    def _scheme(self) -> str:
+        return self._web.scheme if self._web else "http"
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -281,12 +288,21 @@ class _Life:
                 self._client = AgentClient(self.settings)
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
-            render = partial(_render, self._registry)
-            self._endpoint = Endpoint(render=render, about=self._about, on_scrape=self._metrics.scraped)
+            self._endpoint = Endpoint(
+                render=partial(_render, self._registry),
+                about=self._about,
+                on_scrape=self._metrics.scraped,
+                allow=self.settings.allow,
+                web=self._web,
+            )
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
             self._caring = asyncio.create_task(self._take_care(self._client))
-            await self.tenancy.run(self._client, self._describe)
+            vigil = asyncio.create_task(self._vigil(self._endpoint))
+            try:
+                await self.tenancy.run(self._client, self._describe)
+            finally:
+                vigil.cancel()
         except ConsulPromError as error:
             log.error("consul-prom is off: %s", error)
             await self._fail(error)
@@ -319,9 +335,34 @@ class _Life:
         """A guest in *slot*, on a socket of its own."""
         listener = listen(self.settings.bind or self._address, self.settings.port.candidates(slot.number))
         wanted = self._registration(slot, listener)
-        guest = Guest(client, wanted, listener, render=partial(_render, registry), intact=lambda: slot.intact)
+        guest = Guest(
+            client,
+            wanted,
+            listener,
+            render=partial(_render, registry),
+            intact=lambda: slot.intact,
+            allow=self.settings.allow,
+            web=self._web,
+        )
         await guest.start()
         return guest
+
+    async def _vigil(self, endpoint: Endpoint) -> None:
+        def cause() -> str:
+            if endpoint.turned_away:
+                return endpoint.turned_away
+            reach = f"does not reach {self.url} (CONSUL_PROM_ADDRESS)"
+            if endpoint.last_scrape:
+                return f"Prometheus has ended, or {reach}"
+            name = self.settings.consul_service
+            return f"Prometheus does not look for {name} (consul-prom config prometheus), or {reach}"
+
+        await Vigil(
+            who=lambda: self.tenancy.instance,
+            registered=lambda: self.tenancy.registered,
+            last_scrape=lambda: endpoint.last_scrape,
+            cause=cause,
+        ).run()
 
     async def leave(self, timeout: float) -> None:
         if self._task:
@@ -371,8 +412,16 @@ class _Life:
         return self._registration(slot, self._listener)
 
     def _registration(self, slot: Slot, listener: socket.socket) -> Registration:
-        port = listener.getsockname()[1]
-        return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
+        return build(
+            self.settings,
+            slot=slot,
+            address=self._address,
+            port=listener.getsockname()[1],
+            version=__version__,
+            pid=self._pid,
+            scheme=self._scheme,
+            tcp_check=bool(self._web and self._web.requires_certificate),
+        )
 
     def _registered(self, reason: str) -> None:
         self._metrics.registered(reason)

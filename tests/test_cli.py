@@ -99,14 +99,60 @@ def test_commands() -> None:
     commands = dict(every_command())
     assert set(commands) == {
         "agent",
+        "completion",
         "config acl",
+        "config grafana",
         "config prometheus",
+        "config rules",
         "config settings",
         "demo",
         "deregister",
+        "doctor",
         "list",
+        "top",
     }
     assert all(found.help for found in commands.values())
+
+
+def test_help_fits_a_screen() -> None:
+    """Help is no longer than a screen, and no wider; what one does is shown by an example."""
+    for name in ("", *dict(every_command())):
+        text = CliRunner().invoke(cli.commands, (*name.split(), "--help"), terminal_width=80).stdout
+        assert len(text.splitlines()) <= 32, name
+        assert max(map(len, text.splitlines())) <= 80, name
+    for name in ("", "list", "deregister", "doctor", "top", "config prometheus", "completion"):
+        assert "Example" in CliRunner().invoke(cli.commands, (*name.split(), "--help")).stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
+def test_completion(shell: str) -> None:
+    """Each shell gets a script that calls us."""
+    text = CliRunner().invoke(cli.commands, ("completion", shell)).stdout
+    assert "_CONSUL_PROM_COMPLETE" in text
+
+
+def test_completion_in_bash(tmp_path: Path) -> None:
+    """A real bash completes commands and options with it."""
+    (tmp_path / "consul-prom").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m consul_prom "$@"\n')
+    (tmp_path / "consul-prom").chmod(0o755)
+    _, env = command(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    for words, expected in (("doc", "doctor"), ("config gr", "grafana"), ("top --on", "--once")):
+        script = (
+            'eval "$(consul-prom completion bash)"\n'
+            f"COMP_WORDS=(consul-prom {words}) COMP_CWORD={len(words.split())}\n"
+            'COMP_LINE="${COMP_WORDS[*]}"\n'
+            '_consul_prom_completion consul-prom\necho "${COMPREPLY[@]}"\n'
+        )
+        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split() == [expected], done.stderr
+
+
+def test_no_color(agent: DevAgent) -> None:
+    """NO_COLOR is heeded in a terminal, where there is colour otherwise."""
+    arguments = ("doctor", "--service=shop", f"--consul-http-addr={agent.url}")
+    coloured = re.compile(r"\x1b\[[0-9;]*3[0-9]")
+    assert coloured.search(in_terminal(*arguments)[1])
+    assert not coloured.search(in_terminal(*arguments, NO_COLOR="1")[1])
 
 
 def test_secrets_have_no_option() -> None:
@@ -500,7 +546,17 @@ def test_config_prometheus(run: Run, agent: DevAgent) -> None:
     )
     assert "services: [tea]" in run("config", "prometheus", "--service=shop", "--consul-service=tea").stdout
     assert "tags: [consul-prom]" in run("config", "prometheus", "--all-services").stdout
+    assert "datacenter: dc2" in run("config", "prometheus", "--service=shop", "--datacenter=dc2").stdout
+    assert "workers-ca.pem" in run("config", "prometheus", "--service=shop", "--web-config=/w.yml").stdout
     assert not agent.requests
+
+
+def test_config_rules_and_grafana(run: Run) -> None:
+    """Rules are those of the service, and a dashboard can be had without one."""
+    assert 'job="tea"' in run("config", "rules", CONSUL_PROM_SERVICE="tea").stdout
+    assert json.loads(run("config", "grafana").stdout)["uid"] == "consul-prom"
+    assert '"value": "tea"' in run("config", "grafana", "--service=tea").stdout
+    assert run("config", "rules").exit_code == 2
 
 
 def test_config_prometheus_without_service(run: Run) -> None:

@@ -18,12 +18,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import bcrypt
 import pytest
 
 from consul_prom import endpoint as module
 from consul_prom.endpoint import Endpoint, MetricsThread, find_address, is_local, listen, route_address
 from consul_prom.errors import AgentDenied, AgentTimeout, AgentUnreachable, EndpointError
 from consul_prom.registration import HEALTH_PATH
+from consul_prom.webconfig import WebConfig
 from tests.services.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -58,6 +60,7 @@ class Served:
         self.asked: list[tuple[str, str, list[str]]] = []
         self.took: list[float] = []
         self.page: Callable[[], bytes] = lambda: b"one 1.0\n"
+        self.web: WebConfig | None = None
         self.facts: dict[str, str] = {"service": "shop", "instance": "web-1:0"}
         self.thread = MetricsThread()
         self.listener = listen(address, [0])
@@ -87,7 +90,7 @@ class Served:
         return socket.create_connection((self.address, self.port), DEADLINE)
 
     async def _serve(self) -> Endpoint:
-        endpoint = Endpoint(render=self.render, about=lambda: self.facts, on_scrape=self.took.append)
+        endpoint = Endpoint(render=self.render, about=lambda: self.facts, on_scrape=self.took.append, web=self.web)
         await endpoint.serve(self.listener)
         return endpoint
 
@@ -657,6 +660,39 @@ class TestHome:
         assert "<script>" not in page
         assert "<b>" not in page
         assert "&lt;script&gt;alert(&#x27;&amp;&quot;{}&#x27;)&lt;/script&gt; ü" in page
+
+
+class TestWebConfig:
+    """With passwords."""
+
+    @pytest.fixture
+    def guarded(self, tmp_path: Path) -> Iterator[Served]:
+        hashed = bcrypt.hashpw(b"hunter2", bcrypt.gensalt(4)).decode()
+        headers = "http_server_config: {headers: {X-Frame-Options: deny}}"
+        (tmp_path / "web.yml").write_text(f"basic_auth_users: {{me: {hashed}}}\n{headers}\n")
+        served = Served()
+        served.web = WebConfig(str(tmp_path / "web.yml"))
+        served.start()
+        yield served
+        served.stop()
+
+    @pytest.mark.parametrize("path", ["/metrics", "/", "/no", "/-/healthy/", "//-/healthy"])
+    def test_password(self, guarded: Served, path: str) -> None:
+        """Without the password nothing is told, not even which paths there are; with it all is as ever."""
+        for headers in ({}, {"Authorization": "Basic bWU6d3Jvbmc="}):
+            answer = guarded.ask(path, **headers)
+            assert (answer.status, answer.headers["WWW-Authenticate"], answer.body) == (401, "Basic", b"unauthorized\n")
+        assert guarded.ask(path, Authorization="Basic bWU6aHVudGVyMg==").status in {200, 404}
+        assert len(guarded.asked) == (path == "/metrics")
+
+    def test_agent(self, guarded: Served) -> None:
+        """The agent's check, which has no password, is answered."""
+        assert guarded.ask(HEALTH_PATH).status == 200
+
+    def test_headers(self, guarded: Served) -> None:
+        """The file's headers are in every answer."""
+        for path in (HEALTH_PATH, "/metrics"):
+            assert guarded.ask(path).headers["X-Frame-Options"] == "deny"
 
 
 class TestRefusals:

@@ -16,6 +16,8 @@ from consul_prom.exposition import Page, render
 from consul_prom.guest import Guest
 from consul_prom.registration import build
 from consul_prom.settings import Settings
+from consul_prom.tally import Tally
+from consul_prom.worker import running
 from tests.conftest import MakeSettings
 from tests.services.waiting import eventually
 from tests.workers import meta, put
@@ -76,8 +78,11 @@ async def registered(agent: DevAgent, port: int) -> None:
     await eventually(found, within=10, what="the guest's entry")
 
 
-async def fetch(port: int, path: str) -> str:
-    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as answer:
+async def fetch(port: int, path: str, *, source: str = "127.0.0.1") -> str:
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(local_addr=(source, 0))) as session,
+        session.get(f"http://127.0.0.1:{port}{path}") as answer,
+    ):
         return await answer.text()
 
 
@@ -99,6 +104,21 @@ async def test_serves(agent: DevAgent, host: Host) -> None:
     assert "healthy" in await fetch(port, "/-/healthy")
     assert "web-1:master" in await fetch(port, "/")
     assert await guest.retire(5)
+
+
+async def test_guarded(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker lets the same networks in to the page that it serves for the masters as to its own."""
+    slots.prepare(slot_directory)
+    tally = Tally(slot_directory, "shop")
+    common = {"consul_http_addr": agent.url, "dir": str(slot_directory), "host": "web-1", "address": "127.0.0.1"}
+    with running(service="shop", allow="127.0.0.3/32", registry=CollectorRegistry(), **common):
+        await eventually(lambda: len(agent.state.services) == 2, within=10, what="the worker's and the guest's entry")
+        monkeypatch.setattr("ipaddress.IPv4Address.is_loopback", property(lambda _self: False))
+        for entry in list(agent.state.services.values()):
+            assert "TYPE" in await fetch(entry.port, "/metrics", source="127.0.0.3")
+            with pytest.raises(aiohttp.ClientConnectionError):
+                await fetch(entry.port, "/metrics", source="127.0.0.2")
+    tally.close()
 
 
 async def test_retires(agent: DevAgent, host: Host) -> None:

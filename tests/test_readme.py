@@ -55,6 +55,15 @@ async def test_application() -> None:
         REGISTRY.unregister(reqs)
 
 
+def test_first_screen() -> None:
+    """Problem, picture and cure fit one screen, which says what is so below; the whole is read in minutes."""
+    first = README.split("\n## ")[0]
+    assert first.count("\n") <= 40
+    assert block("py").strip() in block("python")
+    assert block("sh").strip() in README.replace(block("sh"), "", 1)
+    assert README.count("\n") <= 350
+
+
 def test_snippet() -> None:
     """The scrape configuration is the one that the command prints."""
     assert block("yaml") == snippets.prometheus(load({"service": "shop"}, environ={}))
@@ -133,6 +142,23 @@ def test_queries(queries: list[str]) -> None:
                 return all(prometheus.query(query) for query in queries)
 
             wait_until(all_answer, within=60, what="a result for every query", every=0.5)
+
+
+def test_is_short() -> None:
+    """The first screen ends before 40 lines, and all of it before 350."""
+    lines = README.splitlines()
+    assert next(number for number, line in enumerate(lines) if line.startswith("## ")) <= 40
+    assert len(lines) <= 350
+
+
+def test_files_are_there() -> None:
+    """Every file that is named or linked is there."""
+    table = README.split("| in `deploy/` | |")[1].split("\n\n")[0]
+    named = [f"deploy/{name}" for row in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+    linked = re.findall(r"\]\((?!https?:)([^)]+)\)", README)
+    assert len(named) >= 8
+    for name in (*named, *linked):
+        assert (ROOT / name).exists(), name
 
 
 def test_changes() -> None:

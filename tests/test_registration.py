@@ -85,6 +85,7 @@ def _registrations(draw: st.DrawFn) -> Registration:
         check_timeout=draw(st.floats(0.1, 100)),
         deregister_after=draw(st.floats(60, 10**8)),
         health_path=HEALTH_PATH,
+        tcp_check=draw(st.booleans()),
     )
 
 
@@ -124,6 +125,16 @@ class TestDocument:
                 "Status": "passing",
             },
         }
+
+    def test_tls(self, settings: MakeSettings, slot: Slot) -> None:
+        """Where TLS is spoken the check does so too, and verifies nothing; where it could not, it only connects."""
+        place: dict[str, Any] = {"slot": slot, "address": "::1", "port": 7, "version": "1", "pid": 1, "scheme": "https"}
+        tls, certificates = (build(settings(), **place, tcp_check=tcp).document() for tcp in (False, True))
+        assert tls["Meta"]["scheme"] == certificates["Meta"]["scheme"] == "https"
+        assert (tls["Check"]["HTTP"], tls["Check"]["TLSSkipVerify"]) == ("https://[::1]:7/-/healthy", True)
+        assert certificates["Check"]["TCP"] == "[::1]:7"
+        assert certificates["Check"]["Notes"] == "connect to [::1]:7; deregistered after 600s critical"
+        assert not {"HTTP", "TLSSkipVerify"} & set(certificates["Check"])
 
     def test_settings_show(self, settings: MakeSettings, slot: Slot) -> None:
         """Every setting that concerns the entry is in it."""
@@ -177,7 +188,7 @@ class TestDocument:
     def test_check_is_one_that_consul_understands(self, registration: Registration) -> None:
         """Whatever the settings, the check's URL is that of the address and its times are Go's."""
         check = registration.document()["Check"]
-        assert check["HTTP"].endswith(f":{registration.port}{HEALTH_PATH}")
+        assert check.get("HTTP", check.get("TCP", "") + HEALTH_PATH).endswith(f":{registration.port}{HEALTH_PATH}")
         assert check["Status"] == "passing"
         for field in ("Interval", "Timeout", "DeregisterCriticalServiceAfter"):
             assert re.fullmatch(r"[1-9][0-9]*(s|ms)", check[field])
@@ -241,6 +252,7 @@ class TestDifference:
             check_interval=one.check_interval,
             check_timeout=one.check_timeout,
             deregister_after=one.deregister_after,
+            tcp_check=one.tcp_check,
         )
         found = difference(one, _as_the_agent_tells_it(other))
         assert (found is None) == (one.document() == other.document())
@@ -275,7 +287,7 @@ class TestCheckDifference:
             "CheckID": f"service:{wanted.id}",
             "Name": check["Name"],
             "Notes": check["Notes"],
-            "Type": "http",
+            "Type": "tcp" if "TCP" in check else "http",
             "Interval": go_prints(parse_go_duration(check["Interval"])),
             "Timeout": go_prints(parse_go_duration(check["Timeout"])),
             "Status": "critical",

@@ -6,6 +6,7 @@ import re
 import typing
 from collections.abc import Mapping
 from contextlib import suppress
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,8 @@ GOOD: dict[str, tuple[str, Any, str, Any]] = {
     "start_timeout": ("3s", 3.0, "4s", 4.0),
     "stop_timeout": ("3s", 3.0, "4s", 4.0),
     "required": ("true", True, "false", False),
+    "web_config": ("/wa", "/wa", "/wb", "/wb"),
+    "allow": ("10.0.0.0/8, ::1", (ip_network("10.0.0.0/8"), ip_network("::1")), "10.0.0.7", (ip_network("10.0.0.7"),)),
     "request_metrics": ("false", False, "true", True),
     "disabled": ("1", True, "0", False),
     "consul_http_addr": ("agent:1", AgentAddress(host="agent", port=1), "agent:2", AgentAddress(host="agent", port=2)),
@@ -323,6 +326,17 @@ class TestTagsAndMeta:
         sentence = _refusal({"tags": ["ok", "é" * 32]})
         assert "has a tag of 64 bytes" in sentence
         assert "63 at most" in sentence
+
+    def test_networks(self) -> None:
+        """Networks are a list; one with bits beyond its mask, or a name, is refused with what is wrong."""
+        assert _load({"allow": ["10.0.0.0/8", "2001:db8::/32"]}).allow == (
+            ip_network("10.0.0.0/8"),
+            ip_network("2001:db8::/32"),
+        )
+        for wrong in ("10.0.0.1/8", "prometheus", "10.0.0.0/33"):
+            sentence = _refusal(CONSUL_PROM_ALLOW=f"10.0.0.0/8,{wrong}")
+            assert "must be networks like 10.0.0.0/8" in sentence
+            assert wrong in sentence
 
     def test_meta_of_both_forms(self) -> None:
         """Meta is a mapping, or pairs of a key and a value, which may hold '='."""

@@ -114,6 +114,25 @@ def test_no_secret(settings: MakeSettings) -> None:
     assert consul["http_headers"] == {"X-Consul-Token": {"files": ["/etc/prometheus/consul-token"]}}
 
 
+def test_datacenter(settings: MakeSettings) -> None:
+    """Another datacenter than the agent's is named."""
+    text = snippets.prometheus(settings(), datacenter="dc-2")
+    promtool_check_config(text)
+    assert yaml.safe_load(text)["scrape_configs"][0]["consul_sd_configs"][0]["datacenter"] == "dc-2"
+    assert "datacenter" not in parsed(settings())["consul"]
+
+
+def test_guarded_port(settings: MakeSettings) -> None:
+    """What a worker's web-config file asks of Prometheus is told; taken at its word, that is right too."""
+    text = snippets.prometheus(settings(web_config="/etc/shop/web.yml"))
+    assert "tls_config" not in yaml.safe_load(text)["scrape_configs"][0]
+    uncommented = re.sub(r"^    # (tls_config:|basic_auth:|  .*)$", r"    \1", text, flags=re.MULTILINE)
+    config = yaml.safe_load(uncommented)["scrape_configs"][0]
+    assert config["tls_config"] == {"ca_file": "/etc/prometheus/workers-ca.pem"}
+    assert config["basic_auth"]["username"] == "prometheus"
+    assert "basic_auth" not in snippets.prometheus(settings())
+
+
 def test_tls(settings: MakeSettings, tmp_path: Path) -> None:
     """Certificates are named where https is spoken, and only there."""
     names = ("ca", "cert", "key")

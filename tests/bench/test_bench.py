@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bench import footprint, rest, scale, start, stop
+from tests.bench import footprint, port, rest, scale, start, stop
 from tests.services.binaries import require
 
 
@@ -52,3 +52,14 @@ def test_stop(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     stop.main(1)
     rows = re.findall(r"^sync +(is well|hangs) +(?:-?[0-9.]+ *){4}$", capsys.readouterr().out, re.MULTILINE)
     assert rows == ["is well", "hangs"]
+
+
+def test_port(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of those who should not be there prints a row for the calm and for each of them."""
+    port.main(0.5, rounds=1)
+    assert re.findall(r"^(\w+) .* ms .* ms +\d+ of \d+ ", capsys.readouterr().out, re.MULTILINE) == [
+        "calm",
+        "crowd",
+        "loris",
+        "scanner",
+    ]

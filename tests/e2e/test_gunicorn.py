@@ -12,13 +12,12 @@ import pytest
 
 from tests.e2e.exits import entries, workers_of
 from tests.services.consul import Consul
-from tests.services.gunicorn import Gunicorn
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until
 
 WORKERS = 2
 DEADLINE = 60.0
 HOST = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
-HOOKS = ("-c=python:consul_prom.gunicorn", "--no-control-socket")
 AIOHTTP = ("tests.e2e.plain:aiohttp_app", "aiohttp.GunicornWebWorker")
 MODELS = {
     "aiohttp": AIOHTTP,

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.services.program import Program
 
 ROOT = Path(__file__).parents[2]
+HOOKS = ("-c=python:consul_prom.gunicorn", "--no-control-socket")
 
 
 class Gunicorn(Program):

@@ -5,13 +5,16 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlencode
 
 import yaml
 
 from tests.services.binaries import require
 from tests.services.program import Program
+
+HASTY: Final = ("--scrape.discovery-reload-interval=500ms",)
+"""Flags with which new targets are taken up at once; without, Prometheus gathers changes for 5 s."""
 
 
 class PromtoolRefusal(AssertionError):
@@ -92,13 +95,28 @@ class Prometheus(Program):
 
 def promtool_check_config(text: str) -> None:
     """Let `promtool check config` read the text; PromtoolRefusal if it is wrong."""
+    _promtool("check", "config", files={"prometheus.yml": text})
+
+
+def promtool_check_rules(text: str) -> None:
+    """Let `promtool check rules` read the text, and lint it; PromtoolRefusal if it is wrong."""
+    _promtool("check", "rules", "--lint=all", "--lint-fatal", files={"rules.yml": text})
+
+
+def promtool_test_rules(text: str, *tests: Mapping[str, Any]) -> None:
+    """Let `promtool test rules` run *tests*, as in its `tests:`, on rules; PromtoolRefusal if one fails."""
+    cases = {"rule_files": ["rules.yml"], "evaluation_interval": "15s", "fuzzy_compare": True, "tests": list(tests)}
+    _promtool("test", "rules", files={"tests.yml": yaml.safe_dump(cases), "rules.yml": text})
+
+
+def _promtool(*arguments: str, files: Mapping[str, str]) -> None:
+    """With the first of *files*; the others lie beside it."""
     promtool = require("promtool")
     with tempfile.TemporaryDirectory(prefix="promtool-") as folder:
-        file = Path(folder, "prometheus.yml")
-        file.write_text(text)
-        done = subprocess.run(
-            [promtool, "check", "config", file], capture_output=True, text=True, timeout=60, check=False
-        )
+        for name, text in files.items():
+            Path(folder, name).write_text(text)
+        command = [str(promtool), *arguments, next(iter(files))]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise PromtoolRefusal(done.stdout + done.stderr)
 

@@ -1,0 +1,334 @@
+"""What may be wrong with a service's registration and scrapes, in the order in which one would look.
+
+It only looks: nothing is registered, removed or locked for longer than the look takes.
+"""
+
+import asyncio
+import json
+import os
+import re
+import socket
+import urllib.error
+import urllib.request
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import urlencode
+
+from consul_prom import caretaker, slots
+from consul_prom.caretaker import Entry
+from consul_prom.client import AgentClient
+from consul_prom.endpoint import is_local
+from consul_prom.errors import AgentDenied, AgentError, ConsulPromError
+from consul_prom.registrar import WATCHING_SLOTS
+from consul_prom.registration import origin, parse_entry_id
+from consul_prom.settings import Settings, check_worker, parse_duration
+from consul_prom.snippets import write_rule
+from consul_prom.webconfig import WebConfig
+
+State = Literal["ok", "wrong", "unknown"]
+
+OLDEST: Final = (1, 7)
+"""Of Consul: what selects entries by an expression came with 1.5, and the question for rights with 1.7."""
+CROWDED: Final = 0.8
+FEW_SCRAPES: Final = 4
+PATIENCE: Final = 10.0
+
+
+class Finding(NamedTuple):
+    """What a check found; *cure* says what to do where it is wrong, or how to find out."""
+
+    check: str
+    state: State
+    sentence: str
+    cure: str = ""
+
+
+@dataclass
+class _Seen:
+    """What was asked for once; None where it could not be had."""
+
+    settings: Settings
+    agent: AgentClient
+    about_agent: Mapping[str, Any] | None = None
+    everyone: list[Entry] = field(default_factory=list)
+    catalogue: list[dict[str, Any]] | None = None
+    targets: list[dict[str, Any]] | None = None
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for entry in self.everyone if entry["Meta"].get("service") == self.settings.service]
+
+    @property
+    def here(self) -> list[Entry]:
+        return [entry for entry in self.entries if entry["Meta"].get("host") == self.settings.host]
+
+    @property
+    def workers(self) -> list[Entry]:
+        """Those of `here` that are no page of Gunicorn's masters."""
+        return [entry for entry in self.here if entry["Meta"].get("slot") != slots.place(slots.MASTER)]
+
+
+async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "") -> AsyncGenerator[Finding]:
+    """Each finding as soon as it is known; what cannot be known for an earlier one's sake says so."""
+    seen = _Seen(settings, agent)
+    yield (first := _settings(settings))
+    if first.state == "wrong":
+        return
+    yield (reached := await _agent(seen))
+    if reached.state != "wrong":
+        for check in (_version, _token):
+            yield await check(seen)
+        try:
+            seen.everyone = await caretaker.entries(agent)
+        except AgentError as error:
+            yield Finding("entries", "wrong", f"The entries cannot be read: {error}.", f"Add {_rule(settings)}.")
+        for check in (_catalogue, _address, _ports, _directory, _workers, _claims, _limits):
+            yield await check(seen)
+    for finding in await _prometheus(seen, prometheus):
+        yield finding
+
+
+def _settings(settings: Settings) -> Finding:
+    try:
+        check_worker(settings)
+        if settings.web_config:
+            WebConfig(settings.web_config)
+    except ConsulPromError as error:
+        return Finding("settings", "wrong", _sentence(error), "Set it as for the workers.")
+    return Finding("settings", "ok", f"The service {settings.service} is registered as {settings.consul_service}.")
+
+
+async def _agent(seen: _Seen) -> Finding:
+    where = f"The agent at {seen.settings.consul_http_addr}"
+    try:
+        seen.about_agent = await seen.agent.self_()
+    except AgentDenied:
+        return Finding("agent", "ok", f"{where} answers; what it tells of itself needs agent:read.")
+    except AgentError as error:
+        return Finding("agent", "wrong", _sentence(error), "Start it, or set CONSUL_HTTP_ADDR.")
+    return Finding("agent", "ok", f"{where} answers.")
+
+
+async def _version(seen: _Seen) -> Finding:
+    if seen.about_agent is None:
+        return Finding("version", "unknown", "Consul's version is not told.", "It needs agent:read.")
+    text = str(seen.about_agent.get("Config", {}).get("Version", ""))
+    numbers = tuple(int(number) for number in re.findall("[0-9]+", text)[:2])
+    if numbers < OLDEST:
+        return Finding("version", "wrong", f"Consul {text} is too old.", f"{OLDEST[0]}.{OLDEST[1]} is the least.")
+    return Finding("version", "ok", f"Consul is {text}.")
+
+
+async def _token(seen: _Seen) -> Finding:
+    try:
+        allowed = await seen.agent.may_write(seen.settings.consul_service)
+    except AgentDenied as error:
+        return Finding("token", "wrong", f"The token is not accepted: {error}.", "Set CONSUL_HTTP_TOKEN_FILE anew.")
+    except AgentError as error:
+        return Finding("token", "unknown", f"The token's rights cannot be asked for: {error}.")
+    if not allowed:
+        return Finding("token", "wrong", "The token may not register the workers.", f"Add {_rule(seen.settings)}.")
+    return Finding("token", "ok", f"Whoever has this token may register {seen.settings.consul_service}.")
+
+
+async def _catalogue(seen: _Seen) -> Finding:
+    """An agent without a token of its own leaves in the catalogue, which is what Prometheus reads, what it drops."""
+    try:
+        seen.catalogue = await seen.agent.catalogue(seen.settings.consul_service)
+    except AgentError as error:
+        cure = 'Add node_prefix "" { policy = "read" } for this look.'
+        return Finding("catalogue", "unknown", f"The catalogue cannot be read: {error}.", cure)
+    node = str((seen.about_agent or {}).get("Config", {}).get("NodeName", ""))
+    if not node:
+        return Finding("catalogue", "unknown", "The agent does not tell its node's name.", "It needs agent:read.")
+    held = {entry["ID"] for entry in seen.everyone}
+    ghosts = sorted(entry["ServiceID"] for entry in seen.catalogue if entry["Node"] == node)
+    ghosts = [entry_id for entry_id in ghosts if entry_id not in held]
+    if ghosts:
+        return Finding(
+            "catalogue",
+            "wrong",
+            f"The catalogue has {_list(ghosts)}, which the agent has dropped: Prometheus scrapes it still.",
+            f'Give the agent of {node} a token of its own, acl.tokens.agent: node_prefix "" {{ policy = "write" }}.',
+        )
+    return Finding("catalogue", "ok", "The catalogue has what the agent has.")
+
+
+async def _address(seen: _Seen) -> Finding:
+    settings = seen.settings
+    for entry in seen.here:
+        for check in await seen.agent.checks(entry["ID"]):
+            if check.get("Status") == "critical" and check.get("Output"):
+                place = origin(entry["Address"], entry["Port"]).removeprefix("http://")
+                said = " ".join(str(check["Output"]).split())[:200]
+                cure = "Set CONSUL_PROM_ADDRESS to one that the agent reaches, and let CONSUL_PROM_ALLOW have it in."
+                return Finding("address", "wrong", f"The agent cannot reach {entry['ID']} at {place}: {said}", cure)
+    if settings.address and not settings.bind and not is_local(settings.address):
+        cure = "Set another, or CONSUL_PROM_BIND where it is translated to one of ours."
+        return Finding("address", "wrong", f"CONSUL_PROM_ADDRESS={settings.address} is none of this host's.", cure)
+    if not seen.workers:
+        return Finding("address", "unknown", "No worker of this host is registered: nobody was checked.")
+    return Finding("address", "ok", f"The agent reaches {_count(len(seen.workers), 'worker')} of this host.")
+
+
+async def _ports(seen: _Seen) -> Finding:
+    settings = seen.settings
+    if not settings.port.first:
+        return Finding("ports", "ok", "The system chooses free ports.")
+    ours = {entry["Port"] for entry in seen.here}
+    address = settings.bind or settings.address or "0.0.0.0"  # noqa: S104  # only tried, and let go at once
+    wanted = settings.port.candidates(0) if settings.port.last else settings.port.candidates(len(seen.workers))
+    taken = [port for port in wanted if port not in ours and not _is_free(address, port)]
+    if wanted and len(taken) == len([port for port in wanted if port not in ours]):
+        which = f"Somebody else has {_list(map(str, taken))}" if taken else f"All of {settings.port} is used"
+        return Finding("ports", "wrong", f"{which}: no worker more can start.", "Set CONSUL_PROM_PORT to others, or 0.")
+    return Finding("ports", "ok", f"CONSUL_PROM_PORT={settings.port} has a free port for the next worker.")
+
+
+async def _directory(seen: _Seen) -> Finding:
+    directory = seen.settings.dir
+    if not directory.exists():
+        parent = next(folder for folder in directory.parents if folder.exists())
+        if os.access(parent, os.W_OK):
+            return Finding("directory", "ok", f"{directory} is made by the first worker.")
+        cure = "Make it, with mode 0700, for the workers' user, or set CONSUL_PROM_DIR."
+        return Finding("directory", "wrong", f"{directory} is not there, and cannot be made in {parent}.", cure)
+    try:
+        slots.prepare(directory)
+    except (ConsulPromError, OSError) as error:
+        return Finding("directory", "wrong", _sentence(error), "Run this as the workers' user, or set another.")
+    return Finding("directory", "ok", f"{directory} is ours alone.")
+
+
+async def _workers(seen: _Seen) -> Finding:
+    dead, unproven = [], []
+    for entry in seen.here:
+        with caretaker.judged(entry, host=seen.settings.host) as verdict:
+            if verdict.state == "dead":
+                dead.append(entry["ID"])
+            if verdict.state == "unknown":
+                unproven.append(f"{entry['ID']} ({verdict.proof})")
+    if dead:
+        return Finding("workers", "wrong", f"Nobody is behind {_list(dead)}.", "consul-prom deregister removes it.")
+    if unproven:
+        return Finding("workers", "unknown", f"It cannot be told whether {_list(unproven)} lives.")
+    if not seen.workers:
+        cure = "The workers' log says why they do not register; CONSUL_PROM_HOST must be theirs."
+        return Finding("workers", "unknown", f"No worker of {seen.settings.host} is registered.", cure)
+    return Finding("workers", "ok", f"Alive and registered on this host: {_count(len(seen.workers), 'worker')}.")
+
+
+async def _claims(seen: _Seen) -> Finding:
+    """Prometheus mixes the counters of two targets of one instance without a word."""
+    if seen.catalogue is None:
+        return Finding("instances", "unknown", "Other agents' entries are not seen.", "It needs node:read.")
+    nodes = defaultdict(set)
+    for entry in seen.catalogue:
+        nodes[str((entry.get("ServiceMeta") or {}).get("instance"))].add(f"{entry['Node']}/{entry['ServiceID']}")
+    twice = [f"{instance} by {_list(sorted(claims))}" for instance, claims in nodes.items() if len(claims) > 1]
+    if twice:
+        return Finding("instances", "wrong", f"Claimed twice: {_list(twice)}.", "Set CONSUL_PROM_HOST on one of them.")
+    return Finding("instances", "ok", "No instance is claimed twice.")
+
+
+async def _limits(seen: _Seen) -> Finding:
+    """Each worker of the first slots holds a connection; other users of the agent are not seen from here."""
+    watching = [entry for entry in seen.everyone if entry["Meta"].get("host") == seen.settings.host]
+    ids = [parse_entry_id(entry["ID"]) for entry in watching]
+    held = sum(1 for parts in ids if parts and parts.slot in range(WATCHING_SLOTS))
+    limit = int((seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient") or 200)
+    sentence = f"Connections that this host's workers hold: {held}; the agent allows {limit} an address."
+    if held >= CROWDED * limit:
+        return Finding(
+            "limits", "wrong", sentence, "Raise limits.http_max_conns_per_client in the agent's configuration."
+        )
+    return Finding("limits", "ok", sentence)
+
+
+async def _prometheus(seen: _Seen, url: str) -> list[Finding]:
+    if not url:
+        return [Finding("targets", "unknown", "Prometheus was not asked.", "--prometheus URL")]
+    try:
+        active = (await asyncio.to_thread(_ask, url, "targets", state="active"))["activeTargets"]
+        changes = f'max(changes(process_start_time_seconds{{job="{seen.settings.service}"}}[1h]))'
+        starts = (await asyncio.to_thread(_ask, url, "query", query=changes))["result"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [Finding("targets", "wrong", f"Prometheus at {url} cannot be asked: {error}.", "--prometheus URL")]
+    name = seen.settings.consul_service
+    seen.targets = [target for target in active if target["discoveredLabels"].get("__meta_consul_service") == name]
+    return [_targets(seen), _labels(seen.targets), _lifetime(seen.targets, starts)]
+
+
+def _targets(seen: _Seen) -> Finding:
+    targets = seen.targets or []
+    found = {target["discoveredLabels"].get("__meta_consul_service_id") for target in targets}
+    registered = {entry["ServiceID"] for entry in seen.catalogue or []} | {entry["ID"] for entry in seen.entries}
+    down = [f"{target['labels'].get('instance')} ({target['lastError']})" for target in targets if target["lastError"]]
+    if missing := sorted(registered - found):
+        cure = "consul-prom config prometheus prints what finds them; a new target takes some seconds."
+        return Finding("targets", "wrong", f"Prometheus does not scrape {_list(missing)}.", cure)
+    if down:
+        return Finding("targets", "wrong", f"Prometheus cannot scrape {_list(down)}.", "It has to reach the address.")
+    if not targets:
+        return Finding("targets", "unknown", "Prometheus has no target, and nobody is registered.")
+    return Finding("targets", "ok", f"Prometheus scrapes {_count(len(targets), 'target')}.")
+
+
+def _labels(targets: Sequence[Mapping[str, Any]]) -> Finding:
+    having = defaultdict(list)
+    for target in targets:
+        having[json.dumps(target["labels"], sort_keys=True)].append(target["scrapeUrl"])
+    if mixed := [urls for urls in having.values() if len(urls) > 1]:
+        cure = "Take instance from __meta_consul_service_metadata_instance, as consul-prom config prometheus does."
+        return Finding("labels", "wrong", f"{_list(mixed[0])} have the same labels: their series are mixed.", cure)
+    return Finding("labels", "ok" if targets else "unknown", "No two targets have the same labels.")
+
+
+def _lifetime(targets: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> Finding:
+    interval = max((parse_duration(target["scrapeInterval"]) for target in targets), default=0.0)
+    changes = float(starts[0]["value"][1]) if starts else 0.0
+    if not interval or not changes:
+        return Finding("interval", "ok" if interval else "unknown", "No worker was replaced within the last hour.")
+    sentence = f"Workers live for {3600 / changes:.0f} s, and are scraped each {interval:g} s."
+    if 3600 / changes < FEW_SCRAPES * interval:
+        return Finding("interval", "wrong", sentence, "Scrape more often, or recycle them less (max_requests).")
+    return Finding("interval", "ok", sentence)
+
+
+def _ask(url: str, what: str, **parameters: str) -> Mapping[str, Any]:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("it is no http:// or https:// address")
+    address = f"{url.rstrip('/')}/api/v1/{what}?{urlencode(parameters)}"
+    with urllib.request.urlopen(address, timeout=PATIENCE) as answer:  # noqa: S310  # the scheme is looked at above
+        data: Mapping[str, Any] = json.load(answer)["data"]
+    return data
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _rule(settings: Settings) -> str:
+    return write_rule(settings.consul_service)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _list(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

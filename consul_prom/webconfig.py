@@ -1,0 +1,321 @@
+"""TLS and passwords of the port, by the ecosystem's web-config file.
+
+https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuration.md. What of it Python cannot do is
+refused, since whoever wrote it relies on it. PyYAML and bcrypt, of the extra `web`, are imported when a file is read.
+"""
+
+import asyncio
+import base64
+import hashlib
+import logging
+import os
+import re
+import secrets
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from consul_prom.errors import EndpointError
+
+log = logging.getLogger(__name__)
+
+REPEAT_LOG: Final = 600.0
+_HASH: Final = re.compile(r"\$2[abxy]?\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
+_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+_CLIENTS: Final = {
+    "": ssl.CERT_NONE,
+    "NoClientCert": ssl.CERT_NONE,
+    "VerifyClientCertIfGiven": ssl.CERT_OPTIONAL,
+    "RequireAndVerifyClientCert": ssl.CERT_REQUIRED,
+}
+_CIPHERS: Final = {
+    f"TLS_ECDHE_{key}_WITH_{theirs}": f"ECDHE-{key}-{openssl}"
+    for key in ("ECDSA", "RSA")
+    for theirs, openssl in (
+        ("AES_128_GCM_SHA256", "AES128-GCM-SHA256"),
+        ("AES_256_GCM_SHA384", "AES256-GCM-SHA384"),
+        ("CHACHA20_POLY1305_SHA256", "CHACHA20-POLY1305"),
+    )
+} | dict.fromkeys(("TLS_AES_128_GCM_SHA256", "TLS_AES_256_GCM_SHA384", "TLS_CHACHA20_POLY1305_SHA256"), "")
+_HEADERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "Content-Security-Policy": (),
+    "Strict-Transport-Security": (),
+    "X-Content-Type-Options": ("nosniff",),
+    "X-Frame-Options": ("deny", "sameorigin"),
+    "X-XSS-Protection": (),
+}
+_TLS_KEYS: Final = frozenset(
+    {"cert_file", "key_file", "client_ca_file", "client_auth_type", "min_version", "max_version", "cipher_suites"}
+    | {"prefer_server_cipher_suites"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """A file, understood; *versions* tell whether it, or a file that it names, is still the one that was read."""
+
+    tls: ssl.SSLContext | None
+    users: Mapping[str, str]
+    headers: Mapping[str, str]
+    versions: Mapping[Path, tuple[int, ...] | None]
+
+    @property
+    def registered(self) -> tuple[bool, bool]:
+        """What the registration depends on: whether TLS is spoken, and client certificates are required."""
+        return self.tls is not None, self.tls is not None and self.tls.verify_mode is ssl.CERT_REQUIRED
+
+
+class WebConfig:
+    """The file at *path* as it is now: it, and the certificates that it names, are read again when they change."""
+
+    def __init__(self, path: str) -> None:
+        """Reads it.
+
+        Raises:
+            EndpointError: it cannot be used; says why, and nothing of what it holds.
+        """
+        self._path = Path(path).absolute()
+        self._content = _read(self._path)
+        self._refused: Mapping[Path, object] = {}
+        self._said_at: float | None = None
+        self._key = secrets.token_bytes(32)
+        self._right: set[bytes] = set()
+        self._checking: asyncio.Future[bool] | None = None
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self._content.registered[0] else "http"
+
+    @property
+    def requires_certificate(self) -> bool:
+        """Then the agent, which has none, can do no more than connect."""
+        return self._content.registered[1]
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return self._content.headers
+
+    def tls(self) -> ssl.SSLContext | None:
+        """The context for a new connection."""
+        self._refresh()
+        return self._content.tls
+
+    async def permits(self, authorization: str) -> bool:
+        """Whether a request with this header, or none, may be answered."""
+        self._refresh()
+        users = self._content.users
+        if not users:
+            return True
+        user, password = _credentials(authorization)
+        # An unknown user takes as long as a wrong password.
+        hashed = users.get(user) or next(iter(users.values()))
+        proof = hashlib.blake2b(f"{user}\0{hashed}\0{password}".encode(), key=self._key).digest()
+        if proof in self._right:
+            return True
+        if not authorization or not await self._matches(password, hashed) or user not in users:
+            return False
+        self._right = {proof, *list(self._right)[:99]}
+        return True
+
+    async def _matches(self, password: str, hashed: str) -> bool:
+        """One at a time, in a thread of its own: bcrypt is slow by design, and who guesses shall not have all cores."""
+        while self._checking:
+            await asyncio.wait({self._checking})
+        loop = asyncio.get_running_loop()
+        self._checking = answer = loop.create_future()
+
+        def settle(found: bool) -> None:  # noqa: FBT001  # a value, not a switch
+            self._checking = None
+            answer.set_result(found)
+
+        def check() -> None:
+            found = _bcrypt_matches(password, hashed)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, found)
+
+        threading.Thread(target=check, name="consul-prom-bcrypt", daemon=True).start()
+        return await asyncio.shield(answer)
+
+    def _refresh(self) -> None:
+        """Take up what has changed; what cannot be taken up is one WARNING, and all stays as it was."""
+        versions = {file: _version(file) for file in self._content.versions}
+        if versions == self._content.versions:
+            self._recovered()
+        elif versions != self._refused or self._due():
+            try:
+                content = self._read_again()
+            except EndpointError as error:
+                self._refused, self._said_at = versions, time.monotonic()
+                log.warning("the web configuration stays as it was: %s", error)
+            else:
+                self._content = content
+                self._recovered()
+                log.info("the web configuration was read again")
+
+    def _read_again(self) -> _Content:
+        content = _read(self._path)
+        if content.registered == self._content.registered:
+            return content
+        raise _trouble(
+            self._path,
+            "changes whether TLS is spoken or client certificates are required, which the worker's entry in Consul "
+            "tells: start the worker anew",
+        )
+
+    def _due(self) -> bool:
+        return self._said_at is not None and time.monotonic() - self._said_at > REPEAT_LOG
+
+    def _recovered(self) -> None:
+        if self._said_at is not None:
+            log.info("the web configuration is right again")
+        self._refused, self._said_at = {}, None
+
+
+def _read(path: Path) -> _Content:
+    try:  # both here: none is imported when the file changes, in the middle of which the application might fork
+        import bcrypt  # noqa: F401
+        import yaml
+    except ImportError as error:
+        raise EndpointError(f"CONSUL_PROM_WEB_CONFIG needs {error.name}: pip install 'consul-prom[web]'") from None
+    seen: dict[Path, tuple[int, ...] | None] = {path: _version(path)}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:  # its own words show the line, which may hold a hash
+        mark = getattr(error, "problem_mark", None)
+        raise _trouble(path, f"is no YAML{f', in line {mark.line + 1}' if mark else ''}") from None
+    except (OSError, ValueError) as error:
+        raise _trouble(path, f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    try:
+        top = _keys(found, "the file", {"tls_server_config", "http_server_config", "basic_auth_users"})
+        http = _keys(top.get("http_server_config"), "http_server_config", {"http2", "headers"})
+        return _Content(
+            tls=_tls(_keys(top.get("tls_server_config"), "tls_server_config", _TLS_KEYS), path.parent, seen),
+            users=_users(top.get("basic_auth_users")),
+            headers=_headers(_keys(http.get("headers"), "headers", _HEADERS)),
+            versions=seen,
+        )
+    except ValueError as error:
+        raise _trouble(path, str(error)) from None
+
+
+def _trouble(path: Path, what: str) -> EndpointError:
+    return EndpointError(f"CONSUL_PROM_WEB_CONFIG={str(path)!r} {what}")
+
+
+def _keys(found: object, where: str, known: Mapping[str, object] | set[str] | frozenset[str]) -> dict[str, Any]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"has no keys in {where}")  # noqa: TRY004  # the file's fault, not a caller's
+    for key in found:
+        if key not in known:
+            raise ValueError(f"has the key {str(key)[:40]!r} in {where}, which consul-prom cannot follow")
+    return found
+
+
+def _users(found: object) -> dict[str, str]:
+    users = {} if found is None else found
+    if not isinstance(users, dict) or not all(isinstance(user, str) for user in users):
+        raise ValueError("has basic_auth_users that are not name: hash")
+    for user, hashed in users.items():
+        if not isinstance(hashed, str) or not _HASH.fullmatch(hashed):
+            raise ValueError(f"has no bcrypt hash for the user {user!r} (htpasswd -nBC 10 makes one)")
+    return users
+
+
+def _headers(found: Mapping[str, object]) -> dict[str, str]:
+    for key, value in found.items():
+        if not isinstance(value, str) or not value.isprintable() or (_HEADERS[key] and value not in _HEADERS[key]):
+            raise ValueError(f"has a wrong value for the header {key}")
+    return {key: str(value) for key, value in found.items() if value}
+
+
+def _tls(found: Mapping[str, Any], folder: Path, seen: dict[Path, tuple[int, ...] | None]) -> ssl.SSLContext | None:
+    """Paths are relative to the file's folder, as in the toolkit. Each file that is named goes into *seen*."""
+    if not found:
+        return None
+    files = {}
+    for key in ("cert_file", "key_file", "client_ca_file"):
+        if value := found.get(key):
+            files[key] = folder / str(value)
+            seen[files[key]] = _version(files[key])
+    if not {"cert_file", "key_file"} <= set(files):
+        raise ValueError("needs both cert_file and key_file in tls_server_config")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load(context, files)
+    context.minimum_version = _known(found, "min_version", _VERSIONS, "TLS12")
+    context.maximum_version = _known(found, "max_version", _VERSIONS, "TLS13")
+    if context.minimum_version > context.maximum_version:
+        raise ValueError("has a min_version above max_version")
+    context.verify_mode = _known(found, "client_auth_type", _CLIENTS, "NoClientCert")
+    if (context.verify_mode is not ssl.CERT_NONE) != ("client_ca_file" in files):
+        raise ValueError("needs client_auth_type and client_ca_file both, or neither")
+    _choose_ciphers(context, found)
+    return context
+
+
+def _choose_ciphers(context: ssl.SSLContext, found: Mapping[str, Any]) -> None:
+    if suites := found.get("cipher_suites"):
+        if not isinstance(suites, list):
+            raise ValueError("has cipher_suites that are no list")
+        chosen = [_known({"cipher_suites": suite}, "cipher_suites", _CIPHERS, "") for suite in suites]
+        if any(chosen):
+            context.set_ciphers(":".join(filter(None, chosen)))
+        else:  # they are TLS 1.3's, which are always on
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+    if not found.get("prefer_server_cipher_suites", True):
+        context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+
+
+def _load(context: ssl.SSLContext, files: Mapping[str, Path]) -> None:
+    """Python tells of neither which file it missed, nor where the fault is."""
+    for key, file in files.items():
+        if not os.access(file, os.R_OK):
+            raise ValueError(f"names a {key} that cannot be read: {str(file)!r}")
+    try:
+        context.load_cert_chain(files["cert_file"], files["key_file"], password=lambda: "")  # it would ask a terminal
+    except (OSError, ValueError):
+        raise ValueError("names a cert_file and a key_file that are no pair of PEM files without a password") from None
+    if "client_ca_file" in files:
+        try:
+            context.load_verify_locations(files["client_ca_file"])
+        except OSError:
+            raise ValueError("names a client_ca_file that holds no certificate") from None
+
+
+def _known(found: Mapping[str, Any], key: str, values: Mapping[str, Any], default: str) -> Any:
+    value = found.get(key, default)
+    if not isinstance(value, str) or value not in values:
+        names = ", ".join(filter(None, values))
+        raise ValueError(f"has {key}={str(value)[:40]!r}, which consul-prom cannot follow; it knows {names}")
+    return values[value]
+
+
+def _version(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+def _credentials(authorization: str) -> tuple[str, str]:
+    scheme, _, rest = authorization.partition(" ")
+    try:
+        user, _, password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
+    except ValueError:
+        return "", ""
+    return (user, password) if scheme.lower() == "basic" else ("", "")
+
+
+def _bcrypt_matches(password: str, hashed: str) -> bool:
+    import bcrypt
+
+    try:
+        return bcrypt.checkpw(password.encode()[:72], hashed.encode())  # what is longer, bcrypt ignores
+    except ValueError:  # a NUL, say
+        return False

@@ -1,0 +1,401 @@
+"""The doctor: every failure that it can report is made on purpose, on a real Consul and a real Prometheus."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from consul_prom import cli, doctor, snippets
+from consul_prom.doctor import Finding
+from consul_prom.settings import load
+from consul_prom.snippets import write_rule
+from tests.acl.access import Access
+from tests.services.consul import Consul
+from tests.services.gunicorn import HOOKS, Gunicorn
+from tests.services.prometheus import HASTY, Prometheus
+from tests.services.waiting import wait_until
+from tests.workers import PACKAGE, SCRIPT, meta
+
+Examine = Callable[..., dict[str, Finding]]
+Start = Callable[..., subprocess.Popen[bytes]]
+READ_NODES = 'node_prefix "" { policy = "read" }'
+READ_AGENT = 'agent_prefix "" { policy = "read" }'
+
+
+@pytest.fixture(scope="module")
+def consul() -> Iterator[Consul]:
+    with Consul() as agent:
+        yield agent
+
+
+@pytest.fixture(scope="module")
+def access() -> Iterator[Access]:
+    access = Access(agent_token=False)
+    with access.consul:
+        yield access
+
+
+@pytest.fixture(autouse=True)
+def _clean(consul: Consul) -> Iterator[None]:
+    """Nothing is left of a test's entries."""
+    yield
+    for entry_id in consul.call("/v1/agent/services")[1]:
+        consul.call(f"/v1/agent/service/deregister/{entry_id}", method="PUT")
+
+
+@pytest.fixture
+def run(consul: Consul, slot_directory: Path) -> Callable[..., Result]:
+    """Runs `consul-prom doctor` as on web-1; keyword arguments are environment variables."""
+
+    def run(*arguments: str, **environ: str | None) -> Result:
+        env = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_HOST": "web-1", "CONSUL_PROM_SERVICE": "shop"}
+        env |= {"CONSUL_PROM_DIR": str(slot_directory)}
+        result = CliRunner().invoke(cli.commands, ("doctor", *arguments), env={**env, **environ})
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        return result
+
+    return run
+
+
+@pytest.fixture
+def examine(run: Callable[..., Result]) -> Examine:
+    """The findings by their checks, after a look at the exit code."""
+
+    def examine(*arguments: str, **environ: str | None) -> dict[str, Finding]:
+        result = run("--json", *arguments, **environ)
+        found = {finding.check: finding for finding in (Finding(**item) for item in json.loads(result.stdout))}
+        wrong = {finding.check for finding in found.values() if finding.state == "wrong"}
+        assert result.exit_code == (3 if "agent" in wrong else 1 if wrong else 0)
+        assert all(found[check].cure for check in wrong)
+        return found
+
+    return examine
+
+
+@pytest.fixture
+def start(consul: Consul, slot_directory: Path) -> Iterator[Start]:
+    """Starts real workers that are registered; the settings are environment variables."""
+    started = []
+
+    def start(**settings: str) -> subprocess.Popen[bytes]:
+        environ = {"PYTHONPATH": str(PACKAGE), "CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_DIR": str(slot_directory)}
+        environ |= {"CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_HOST": "web-1", "CONSUL_PROM_CHECK_INTERVAL": "1s"}
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT], env={**os.environ, **environ, **settings})
+        started.append(process)
+        wait_until(lambda: str(process.pid) in pids(consul), within=60, what="registered")
+        return process
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait()
+
+
+def pids(consul: Consul) -> set[str]:
+    return {entry["Meta"].get("pid", "") for entry in consul.call("/v1/agent/services")[1].values()}
+
+
+def put(consul: Consul, entry_id: str, entry_meta: Mapping[str, Any], **more: Any) -> None:
+    """An entry that no worker made."""
+    body = {"ID": entry_id, "Name": "shop-metrics", "Address": "127.0.0.1", "Port": 1, "Meta": entry_meta, **more}
+    status, said = consul.call("/v1/agent/service/register", method="PUT", body=body)
+    assert status == 200, said
+
+
+def wrong(findings: Mapping[str, Finding]) -> set[str]:
+    return {finding.check for finding in findings.values() if finding.state == "wrong"}
+
+
+def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consul, start: Start) -> None:
+    """With live workers and a Prometheus that scrapes them nothing is wrong, and nothing was changed by the look."""
+    start()
+    start()
+    before = consul.call("/v1/agent/services")[1]
+    with Prometheus(scrape(consul), flags=HASTY) as prometheus:
+        wait_until(lambda: prometheus.query_value("count(up == 1)") == 2, within=60, what="both scraped")
+        found = examine("--prometheus", prometheus.url)
+        assert {finding.state for finding in found.values()} == {"ok"}
+        assert list(found) == [
+            *("settings", "agent", "version", "token", "catalogue", "address", "ports", "directory", "workers"),
+            *("instances", "limits", "targets", "labels", "interval"),
+        ]
+        text = run("--prometheus", prometheus.url).stdout
+    assert text.count("\u2713") == len(found)
+    assert "Prometheus scrapes 2 targets." in text
+    assert consul.call("/v1/agent/services")[1] == before
+
+
+def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path) -> None:
+    """The page of Gunicorn's master is a target, and no worker; when all are dead, it is named with them."""
+    settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_HOST": "web-1"}
+    settings |= {"CONSUL_PROM_DIR": str(slot_directory)}
+    with (
+        Gunicorn(workers=2, settings=settings, options=HOOKS) as shop,
+        Prometheus(scrape(consul), flags=HASTY) as prometheus,
+    ):
+        wait_until(lambda: prometheus.query_value("count(up == 1)") == 3, within=60, what="all scraped")
+        result = run("--prometheus", prometheus.url)
+        assert result.exit_code == 0, result.stdout
+        assert "Alive and registered on this host: 2 workers." in result.stdout
+        assert "The agent reaches 2 workers of this host." in result.stdout
+        assert "Connections that this host's workers hold: 2;" in result.stdout
+        assert "Prometheus scrapes 3 targets." in result.stdout
+        for pid in (shop.pid, *shop.workers()):
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: "✗ workers" in run().stdout, within=60, what="dead entries")
+    assert re.search("Nobody is behind .*shop.web-1.master", run().stdout)
+
+
+def scrape(consul: Consul) -> str:
+    return snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+
+
+class TestSettings:
+    """What is wrong before anybody is asked."""
+
+    def test_no_service(self, examine: Examine) -> None:
+        """Without a service the rest is not looked at."""
+        found = examine(CONSUL_PROM_SERVICE=None)
+        assert set(found) == wrong(found) == {"settings"}
+        assert "No service name" in found["settings"].sentence
+
+    def test_multiprocess_mode(self, examine: Examine, tmp_path: Path) -> None:
+        """What would keep a worker from starting is found."""
+        assert "PROMETHEUS_MULTIPROC_DIR" in examine(PROMETHEUS_MULTIPROC_DIR=str(tmp_path))["settings"].sentence
+
+    def test_web_config(self, examine: Examine, tmp_path: Path) -> None:
+        """A web-config file that cannot be used is found."""
+        found = examine(CONSUL_PROM_WEB_CONFIG=str(tmp_path / "none"))
+        assert wrong(found) == {"settings"}
+        assert "CONSUL_PROM_WEB_CONFIG=" in found["settings"].sentence
+
+    def test_usage(self, run: Callable[..., Result]) -> None:
+        """A setting that is none is a usage error, in one sentence."""
+        result = run(CONSUL_PROM_PORT="x")
+        assert result.exit_code == 2
+        assert "CONSUL_PROM_PORT='x'" in result.stderr
+
+
+class TestAgent:
+    """The agent, and what the token may."""
+
+    def test_unreachable(self, examine: Examine) -> None:
+        """An agent that is not there ends the look at it, with an exit code of its own; Prometheus is asked still."""
+        found = examine(CONSUL_HTTP_ADDR="127.0.0.1:1")
+        assert wrong(found) == {"agent"}
+        assert "Connection refused" in found["agent"].sentence
+        assert "targets" in found
+        assert "token" not in found
+
+    async def test_old(self, consul: Consul, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A Consul that is too old is named; the newest text with a suffix is not."""
+        seen = doctor._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
+        for text, state in (("1.6.10", "wrong"), ("1.7.0", "ok"), ("1.22.1+ent", "ok"), ("2.0.0-rc1", "ok")):
+            seen.about_agent = {"Config": {"Version": text}}
+            assert (await doctor._version(seen)).state == state
+
+    def test_token_without_rights(self, examine: Examine, access: Access) -> None:
+        """A token that may not register is found, with the rule that it needs."""
+        found = examine(CONSUL_HTTP_ADDR=access.consul.url, CONSUL_HTTP_TOKEN=access.token(READ_AGENT))
+        assert "token" in wrong(found)
+        assert write_rule("shop-metrics") in found["token"].cure
+
+    def test_unknown_token(self, examine: Examine, access: Access) -> None:
+        """A token that Consul does not know is found."""
+        text = access.unknown()
+        found = examine(CONSUL_HTTP_ADDR=access.consul.url, CONSUL_HTTP_TOKEN=text)
+        assert {"token", "entries"} <= wrong(found)
+        assert "ACL not found" in found["token"].sentence
+        assert all(text not in str(finding) for finding in found.values())
+
+    def test_least_token(self, examine: Examine, access: Access) -> None:
+        """With the least that a worker needs nothing is wrong, and what cannot be seen says what it would need."""
+        token = access.token(write_rule("shop-metrics"))
+        put_with(access, token, "shop.web-9.0")
+        found = examine(CONSUL_HTTP_ADDR=access.consul.url, CONSUL_HTTP_TOKEN=token)
+        access.deregister("shop.web-9.0")
+        assert wrong(found) == set()
+        assert found["version"].state == found["catalogue"].state == found["instances"].state == "unknown"
+        assert "agent:read" in found["version"].cure
+
+    def test_ghost(self, examine: Examine, access: Access) -> None:
+        """What an agent without a token of its own leaves in the catalogue is found."""
+        token = access.token(write_rule("shop-metrics"), READ_NODES, READ_AGENT)
+        put_with(access, token, "shop.web-1.5")
+        access.deregister("shop.web-1.5")
+        found = examine(CONSUL_HTTP_ADDR=access.consul.url, CONSUL_HTTP_TOKEN=token)
+        assert wrong(found) == {"catalogue"}
+        assert "shop.web-1.5" in found["catalogue"].sentence
+        assert "acl.tokens.agent" in found["catalogue"].cure
+
+
+def put_with(access: Access, token: str, entry_id: str) -> None:
+    body = {"ID": entry_id, "Name": "shop-metrics", "Address": "127.0.0.1", "Port": 1}
+    body["Meta"] = meta(host="web-9", instance=entry_id)
+    status, said = access.consul.call(
+        "/v1/agent/service/register", method="PUT", body=body, headers={"X-Consul-Token": token}
+    )
+    assert status == 200, said
+
+
+class TestHost:
+    """This host's workers."""
+
+    def test_nobody(self, examine: Examine) -> None:
+        """Where nobody is registered, nothing is wrong, and the doctor says what it could not see."""
+        found = examine()
+        assert wrong(found) == set()
+        assert found["workers"].state == found["address"].state == "unknown"
+
+    def test_dead(self, examine: Examine, start: Start) -> None:
+        """An entry whose worker was killed, with nobody left to remove it, is found."""
+        worker = start()
+        worker.kill()
+        worker.wait()
+        found = examine()
+        assert "workers" in wrong(found)
+        assert "shop.web-1.0" in found["workers"].sentence
+        assert "consul-prom deregister" in found["workers"].cure
+
+    def test_unproven(self, examine: Examine, consul: Consul) -> None:
+        """An entry of which nothing can be proven is no failure, and is named."""
+        put(consul, "shop.web-1.3", meta(slot="3", instance="web-1:3"))
+        finding = examine()["workers"]
+        assert finding.state == "unknown"
+        assert "shop.web-1.3" in finding.sentence
+
+    def test_unreachable_from_the_agent(self, examine: Examine, consul: Consul, start: Start) -> None:
+        """A worker that hangs, or that the agent cannot reach, is found by the agent's own check."""
+        worker = start(CONSUL_PROM_CHECK_TIMEOUT="200ms")
+        worker.send_signal(signal.SIGSTOP)
+        wait_until(lambda: "address" in wrong(examine()), within=60, what="the agent's check fails")
+        assert "shop.web-1.0" in examine()["address"].sentence
+
+    def test_foreign_address(self, examine: Examine) -> None:
+        """An address that is none of this host's is found, unless another is listened on."""
+        found = examine(CONSUL_PROM_ADDRESS="203.0.113.7")
+        assert "CONSUL_PROM_ADDRESS=203.0.113.7" in found["address"].sentence
+        assert wrong(examine(CONSUL_PROM_ADDRESS="203.0.113.7", CONSUL_PROM_BIND="127.0.0.1")) == set()
+
+    def test_ports(self, examine: Examine) -> None:
+        """A port, or a range, that somebody else has is found; one with room is not."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            found = examine(CONSUL_PROM_PORT=str(port), CONSUL_PROM_ADDRESS="127.0.0.1")
+            assert wrong(found) == {"ports"}
+            assert str(port) in found["ports"].sentence
+        assert wrong(examine(CONSUL_PROM_PORT=f"{port}-{port + 3}", CONSUL_PROM_ADDRESS="127.0.0.1")) == set()
+
+    def test_range_is_used_up(self, examine: Examine, start: Start) -> None:
+        """A range whose ports are all our own workers' has none for the next."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        setting = {"CONSUL_PROM_PORT": f"{port}-{port}", "CONSUL_PROM_ADDRESS": "127.0.0.1"}
+        start(**setting)
+        assert "is used" in examine(**setting)["ports"].sentence
+
+    def test_directory(self, examine: Examine, slot_directory: Path, tmp_path: Path) -> None:
+        """A directory that others can get at is found; one that is not there yet is no failure."""
+        slot_directory.chmod(0o755)
+        found = examine()
+        assert wrong(found) == {"directory"}
+        assert "chmod 0700" in found["directory"].sentence
+        assert examine(CONSUL_PROM_DIR=str(tmp_path / "a" / "b"))["directory"].state == "ok"
+        assert not (tmp_path / "a").exists()
+
+    def test_directory_that_cannot_be_made(self, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that is not there and cannot be made is found."""
+        monkeypatch.setattr(os, "access", lambda _path, _mode: False)
+        assert wrong(examine(CONSUL_PROM_DIR="/nowhere/slots")) == {"directory"}
+
+    def test_crowd(self, examine: Examine, consul: Consul) -> None:
+        """So many workers that the agent's connections come to an end are found, before they do."""
+        for number in range(160):
+            service = f"shop{number // 60}"
+            put(
+                consul,
+                f"{service}.web-1.{number % 60}",
+                meta(service=service, slot=str(number % 60), instance=str(number)),
+            )
+        found = examine()
+        assert wrong(found) == {"limits"}
+        assert "the agent allows 200" in found["limits"].sentence
+
+
+def test_claimed_twice(examine: Examine, consul: Consul) -> None:
+    """An instance that two agents' entries claim is found."""
+    put(consul, "shop.web-1.0", meta())
+    body = {"Node": "other", "Address": "127.0.0.9", "SkipNodeUpdate": False}
+    service = {"ID": "shop.web-1.0", "Service": "shop-metrics", "Address": "127.0.0.9", "Port": 2, "Meta": meta()}
+    assert consul.call("/v1/catalog/register", method="PUT", body={**body, "Service": service})[0] == 200
+    try:
+        found = examine()
+    finally:
+        consul.call("/v1/catalog/deregister", method="PUT", body={"Node": "other"})
+    assert wrong(found) == {"instances"}
+    assert "web-1:0 by" in found["instances"].sentence
+    assert "other/shop.web-1.0" in found["instances"].sentence
+
+
+class TestPrometheus:
+    """Its side."""
+
+    def test_not_there(self, examine: Examine) -> None:
+        """A Prometheus that cannot be asked, or an address that is none, is found."""
+        for url in ("http://127.0.0.1:1", "file:///etc/passwd", "nonsense"):
+            found = examine("--prometheus", url)
+            assert wrong(found) == {"targets"}
+            assert url in found["targets"].sentence
+
+    def test_not_scraped(self, examine: Examine, start: Start, consul: Consul) -> None:
+        """Workers that Prometheus does not look for are found."""
+        start()
+        with Prometheus(scrape(consul).replace("[shop-metrics]", "[other]"), flags=HASTY) as prometheus:
+            found = examine("--prometheus", prometheus.url)
+            assert wrong(found) == {"targets"}
+            assert "does not scrape shop.web-1.0" in found["targets"].sentence
+
+    def test_down(self, examine: Examine, start: Start, consul: Consul) -> None:
+        """Workers that it looks for and cannot scrape are found, with its own words."""
+        start()
+        config = yaml.safe_load(scrape(consul))
+        config["scrape_configs"][0]["metrics_path"] = "/nonsense"
+        with Prometheus(config, flags=HASTY) as prometheus:
+            wait_until(lambda: prometheus.query_value("count(up == 0)") == 1, within=60, what="a failed scrape")
+            found = examine("--prometheus", prometheus.url)
+            assert wrong(found) == {"targets"}
+            assert "404" in found["targets"].sentence
+
+    def test_equal_labels(self, examine: Examine, start: Start, consul: Consul) -> None:
+        """Targets that a relabelling of one's own made equal are found."""
+        start()
+        start()
+        config = yaml.safe_load(scrape(consul))
+        config["scrape_configs"][0]["relabel_configs"].append({"target_label": "instance", "replacement": "shop"})
+        with Prometheus(config, flags=HASTY) as prometheus:
+            wait_until(lambda: len(prometheus.targets()) == 2, within=60, what="two targets")
+            found = examine("--prometheus", prometheus.url)
+            assert "labels" in wrong(found)
+            assert "series are mixed" in found["labels"].sentence
+
+    def test_short_lives(self, start: Start, consul: Consul) -> None:
+        """Workers that live for few scrapes are found."""
+        start()
+        with Prometheus(scrape(consul), flags=HASTY) as prometheus:
+            targets = wait_until(prometheus.targets, within=60, what="a target")
+        slow = [{**target, "scrapeInterval": "5m"} for target in targets]
+        starts = [{"metric": {}, "value": [0, "10"]}]
+        assert doctor._lifetime(targets, starts).state == "ok"
+        assert doctor._lifetime(slow, starts).state == "wrong"
+        assert doctor._lifetime([], []).state == "unknown"

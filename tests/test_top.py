@@ -1,0 +1,250 @@
+"""The live table: what it makes of pages, and that it shows real workers in 80 columns."""
+
+import json
+import math
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from consul_prom import cli, top
+from consul_prom.client import AgentClient
+from consul_prom.settings import load
+from consul_prom.top import HEAD, Page, Place, Reading, Worker, line, ordered, parse, quantile, sparkline, total
+from tests.services.consul import Consul
+from tests.services.gunicorn import HOOKS, Gunicorn
+from tests.services.waiting import wait_until
+from tests.workers import PACKAGE, meta
+
+PLACE = Place("web-1:0", "http", "127.0.0.1", 9100, adopted=False)
+BUCKETS = 'http_request_duration_seconds_bucket{{method="GET",route="/",le="{}"}} {}\n'
+
+
+def page(at: float, requests: float = 0, **more: float) -> Page:
+    values = {"http_requests_total": requests, "process_start_time_seconds": 90.0, "consul_prom_scrapes_total": at}
+    return parse("".join(f"{name} {value}\n" for name, value in {**values, **more}.items()), at=at)
+
+
+class TestPages:
+    """What a page says."""
+
+    def test_sums_labels(self) -> None:
+        """Series of one name are added up, buckets by their bound; comments and what is no number of ours are not."""
+        text = '# TYPE a counter\nhttp_requests_total{route="/a b",x="}"} 2.0\nhttp_requests_total{route="b"} 1e1\n'
+        found = parse(text + BUCKETS.format("0.1", 3) + BUCKETS.format("+Inf", 4) * 2, at=5)
+        assert found.values == {"http_requests_total": 12}
+        assert found.buckets == {0.1: 3, math.inf: 8}
+
+    @pytest.mark.parametrize(
+        ("share", "buckets", "expected"),
+        [
+            (0.5, {}, None),
+            (0.5, {0.1: 0, math.inf: 0}, None),
+            (0.5, {0.1: 10, math.inf: 10}, 0.05),
+            (0.5, {0.1: 0, 0.2: 10, math.inf: 10}, 0.15),
+            (0.99, {0.1: 50, 0.2: 90, math.inf: 100}, 0.2),
+        ],
+    )
+    def test_quantile(self, share: float, buckets: dict[float, float], expected: float | None) -> None:
+        """Percentiles are PromQL's."""
+        assert quantile(share, buckets) == (expected if expected is None else pytest.approx(expected))
+
+
+class TestWorker:
+    """One worker over time."""
+
+    def test_rates(self) -> None:
+        """Rates are those between two looks; the first has none."""
+        worker = Worker()
+        first = worker.row(PLACE, page(100, 10, process_cpu_seconds_total=1))
+        assert (first.requests, first.state, first.age) == (None, "up", 10)
+        second = worker.row(PLACE, page(102, 30, process_cpu_seconds_total=2))
+        assert (second.requests, second.cpu, second.history) == (10, 0.5, (10,))
+
+    def test_successor(self) -> None:
+        """Another process in the slot is no rate of before."""
+        worker = Worker()
+        worker.row(PLACE, page(100, 1000))
+        row = worker.row(PLACE, page(102, 3, process_start_time_seconds=101.0))
+        assert (row.requests, row.age) == (None, 1)
+
+    def test_unreadable(self) -> None:
+        """One that cannot be read shows why, and begins anew afterwards."""
+        worker = Worker()
+        worker.row(PLACE, page(100, 10))
+        assert worker.row(PLACE, "refused") == Reading("web-1:0", "refused")
+        assert worker.row(PLACE, page(104, 20)).requests is None
+
+    def test_scrapes_of_others(self) -> None:
+        """Our own looks are no scrapes: only somebody else's count."""
+        worker = Worker()
+        row = worker.row(PLACE, page(100, consul_prom_scrapes_total=7, consul_prom_last_scrape_timestamp_seconds=95.0))
+        assert row.scraped == 5
+        row = worker.row(PLACE, page(102, consul_prom_scrapes_total=8, consul_prom_last_scrape_timestamp_seconds=100.0))
+        assert row.scraped == 7
+        row = worker.row(
+            PLACE, page(104, consul_prom_scrapes_total=10, consul_prom_last_scrape_timestamp_seconds=103.0)
+        )
+        assert row.scraped == 1
+
+    def test_never_scraped(self) -> None:
+        """Nobody scraped yet is no time."""
+        row = Worker().row(PLACE, page(100, consul_prom_scrapes_total=0, consul_prom_last_scrape_timestamp_seconds=0))
+        assert row.scraped is None
+
+    def test_adopted(self) -> None:
+        """The page of a slot without a worker is told apart."""
+        assert Worker().row(PLACE._replace(adopted=True), page(100)).state == "adopted"
+
+
+ROWS = [
+    Reading("web-1:0", "up", requests=5.0, history=(1, 5), memory=2.0**20, lag=0.001, p99=0.1),
+    Reading("web-1:10", "up", requests=50.0, history=(50,), memory=3 * 2.0**20, lag=0.5),
+    Reading("web-1:2", "refused"),
+]
+
+
+class TestTable:
+    """How rows are shown."""
+
+    def test_order(self) -> None:
+        """The name's order is that of numbers; by a figure the largest comes first, what is unknown last."""
+        assert [row.instance for row in ordered(ROWS, by="instance")] == ["web-1:0", "web-1:2", "web-1:10"]
+        assert [row.instance for row in ordered(ROWS, by="requests")] == ["web-1:10", "web-1:0", "web-1:2"]
+        assert [row.instance for row in ordered(ROWS, by="lag", containing=":1")] == ["web-1:10"]
+
+    def test_total(self) -> None:
+        """The sum line adds what can be added, and has the largest of the others."""
+        row = total(ROWS)
+        assert (row.instance, row.state, row.requests) == ("3 workers", "2 up", 55)
+        assert (row.memory, row.lag, row.p99, row.history) == (4 * 2.0**20, 0.5, 0.1, (1, 55))
+        assert total([]).requests is None
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            Reading("x" * 200, "adopted", 1e12, (1.0,) * 6, 1e7, 1e6, 1e6, 1e16, 99.99, 1e6, 8e7, 1e7),
+            Reading("a:0", "up", 9999.4, (0.0,) * 6, 9999, 59.94, 0.9994, 9999.4 * 2**20, 1.0, 0.9994, 86400, 9.94),
+            Reading("a:0", "silent"),
+            *ROWS,
+        ],
+    )
+    def test_width(self, row: Reading) -> None:
+        """Whatever the figures, a row fits 80 columns, and its columns are below their heads."""
+        assert len(line(row)) <= 80
+        assert len(HEAD) <= 80
+        assert line(row)[HEAD.index("state") - 1] == " "
+
+    def test_sparkline(self) -> None:
+        """The highest is the highest bar; nothing is the lowest."""
+        assert sparkline((0, 5, 10)) == "\u2581\u2584\u2588"
+        assert sparkline((0, 0)) == "\u2581\u2581"
+        assert sparkline(()) == ""
+
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def shop() -> Any:
+    with Consul() as consul:
+        settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
+        with Gunicorn(workers=2, settings=settings, options=HOOKS) as shop:
+            wait_until(
+                lambda: len(consul.call("/v1/agent/services")[1]) == 3, within=60, what="two workers and the master"
+            )
+            yield consul, shop
+
+
+def test_real_workers(shop: Any, tmp_path: Path) -> None:
+    """Real workers, and not their master, are shown with what they do; one that cannot be read is a finding."""
+    consul, server = shop
+    environ = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
+
+    def run(*arguments: str) -> Any:
+        return CliRunner().invoke(cli.commands, ("top", *arguments), env=environ)
+
+    server.get("/fire")
+    result = run("--once", "--sort=requests")
+    assert result.exit_code == 0, result.output
+    head, sums, *rows = result.stdout.splitlines()
+    assert head == HEAD
+    assert re.match(r"2 workers +\d", sums)
+    assert len(rows) == 2
+    found = json.loads(run("--json").stdout)
+    assert [row["state"] for row in found] == ["up", "up"]
+    assert all(row["memory"] > 10**6 and row["lag"] >= 0 and row["age"] > 0 for row in found)
+    body = {"ID": "shop.gone.0", "Name": "shop-metrics", "Address": "127.0.0.1", "Port": 1}
+    body["Meta"] = meta(host="gone", instance="gone:0")
+    assert consul.call("/v1/agent/service/register", method="PUT", body=body)[0] == 200
+    result = run("--once", "--filter=gone")
+    assert result.exit_code == 1
+    assert "refused" in result.stdout
+    assert run("--once", "--filter=nobody").stdout.startswith("The agent at")
+    live_in_a_terminal(environ)
+
+
+def live_in_a_terminal(environ: dict[str, str]) -> None:
+    """It is drawn again and again until Ctrl-C, without a stack trace."""
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "PYTHONPATH": str(PACKAGE), "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environ}
+    command = [sys.executable, "-m", "consul_prom", "top", "--interval=0.2"]
+    process = subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    text, deadline = "", time.monotonic() + 60
+    try:
+        while text.count("req/s") < 3 and time.monotonic() < deadline:
+            if select.select([ours], [], [], 1)[0]:
+                text += os.read(ours, 65536).decode()
+        process.send_signal(signal.SIGINT)
+        while select.select([ours], [], [], 10)[0]:
+            try:
+                text += os.read(ours, 65536).decode()
+            except OSError:  # the other end was closed
+                break
+        assert process.wait(10) == 0, text
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    assert text.count("req/s") >= 3
+    assert "3 workers" in text
+    assert "Traceback" not in text
+
+
+def test_needs_a_service() -> None:
+    """Without a service there is nothing to show."""
+    result = CliRunner().invoke(cli.commands, ("top", "--once"), env={"CONSUL_PROM_SERVICE": None})
+    assert result.exit_code == 2
+    assert "no service name" in result.stderr
+
+
+async def test_hundreds(shop: Any) -> None:
+    """Three hundred workers are read within one turn, and shown with those that a screen has room for."""
+    consul, _ = shop
+    real = next(it for it in consul.call("/v1/agent/services")[1].values() if it["Meta"]["slot"] == "0")
+    settings = load({"service": "shop", "consul_http_addr": consul.url}, environ={})
+    agent = AgentClient(settings)
+    places = [Place(f"web-1:{slot}", "http", real["Address"], real["Port"], adopted=False) for slot in range(300)]
+
+    async def everywhere(_settings: object, _agent: object) -> list[Place]:
+        return places
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(top, "_places", everywhere)
+        looks = top.watch(settings, agent, interval=0.2)
+        for _ in range(2):
+            rows = await anext(looks)
+            assert [row.state for row in rows] == ["up"] * 300
+        await looks.aclose()
+    await agent.aclose()
