@@ -315,7 +315,7 @@ ROWS: Final = (
         "CONSUL_PROM_DIR",
         "path",
         "",
-        "The directory of the slots.",
+        "The directory of the slots and ledgers.",
         _directory,
         shown="/run/consul-prom for root, else /var/tmp/consul-prom-<uid>",
     ),
@@ -332,6 +332,7 @@ ROWS: Final = (
     Row("CONSUL_PROM_STOP_TIMEOUT", "duration", "2s", "How long stop may take.", _at_least(0.1)),
     Row("CONSUL_PROM_REQUIRED", "boolean", "false", "Start raises where it would log and go on.", parse_bool),
     Row("CONSUL_PROM_REQUEST_METRICS", "boolean", "true", "Count and time HTTP requests.", parse_bool),
+    Row("CONSUL_PROM_LEDGER", "boolean", "true", "Counters outlive their process, in files in DIR.", parse_bool),
     Row("CONSUL_PROM_DISABLED", "boolean", "false", "Switch everything off.", parse_bool),
     Row(
         "CONSUL_HTTP_ADDR",
@@ -374,6 +375,7 @@ class Arguments(TypedDict, total=False):
     stop_timeout: str | float
     required: str | bool
     request_metrics: str | bool
+    ledger: str | bool
     disabled: str | bool
     consul_http_addr: str
     consul_http_token: str
@@ -410,6 +412,7 @@ class Settings:
     stop_timeout: float
     required: bool
     request_metrics: bool
+    ledger: bool
     disabled: bool
     consul_http_addr: AgentAddress
     consul_http_token: Secret | None

@@ -64,6 +64,11 @@ class Slot:
             return False
         return (held.st_dev, held.st_ino) == (seen.st_dev, seen.st_ino)
 
+    @property
+    def boot(self) -> str:
+        """Which boot of the system this is; empty where the system does not tell."""
+        return (process_identity(os.getpid()) or "").partition(".")[0]
+
     def settle(self) -> None:
         """Note that the slot has no entry any more, so that nobody need look for one when our process is gone."""
         _note(self.lock, "")

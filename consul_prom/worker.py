@@ -1,4 +1,4 @@
-"""Composition root: slot → endpoint → registration → registrar, and back. Every adapter starts and stops a Worker."""
+"""Composition root: slot → ledger → endpoint → registration → registrar, and back. Adapters start and stop it."""
 
 import asyncio
 import logging
@@ -17,10 +17,12 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info,
 from consul_prom import __version__
 from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient
+from consul_prom.continued import ContinuedRegistry, watch
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
-from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
+from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError, SettingsError
 from consul_prom.exposition import render
 from consul_prom.guest import Guest
+from consul_prom.ledger import Ledger, discard, ledger_path
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
@@ -53,6 +55,8 @@ class Worker:
         self._left = False
         try:
             self._settings = load(arguments)
+            if self._settings.ledger and not self._disabled:
+                watch(registry)
         except SettingsError as error:
             if error.from_code:
                 raise
@@ -200,6 +204,8 @@ class _Life:
             raise EndpointError(f"the application has metrics of our names: {error}") from error
         self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
+        self._first_slot = slot
+        self._continued = self._continue()
 
     @classmethod
     def shared(cls, settings: Settings, registry: CollectorRegistry) -> "_Life":
@@ -221,6 +227,21 @@ class _Life:
     def disown(self) -> None:
         """In a child: our metrics, copied with all of the parent, make room for the child's own."""
         self._metrics.close()
+
+    def _continue(self) -> ContinuedRegistry | None:
+        """The registry with the counters of the slot's workers before us; None where its values stay in memory."""
+        slot, settings = self.tenancy.slot, self.settings
+        path = ledger_path(slot.directory, settings.service, slot.number)
+        try:
+            if settings.ledger and slot.boot:
+                ledger = Ledger.take_over(path, boot=slot.boot, instance=self.tenancy.instance)
+                return ContinuedRegistry(self._registry, ledger)
+        except LedgerError as error:
+            log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
+        except Exception:
+            log.exception("the counters of %s live in memory: an error not expected", self.tenancy.instance)
+        discard(path)  # or a later worker would continue it from below what we show
+        return None
 
     @property
     def mine(self) -> bool:
@@ -279,7 +300,7 @@ class _Life:
                 self._client = AgentClient(self.settings)
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
-            render = partial(_render, self._registry)
+            render = partial(_render, self._continued or self._registry)
             self._endpoint = Endpoint(render=render, about=self._about, on_scrape=self._metrics.scraped)
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
@@ -348,6 +369,8 @@ class _Life:
 
     def dispose(self) -> None:
         """What needs no event loop: registry, socket and slot are as before the start."""
+        if self._continued:
+            self._continued.close()  # first: a metric that leaves the registry leaves the ledger too
         self._metrics.close()
         if self._listener:
             self._listener.close()
@@ -366,6 +389,8 @@ class _Life:
     def _describe(self, slot: Slot) -> Registration:
         assert self._listener  # noqa: S101  # `run` has it
         self._metrics.tell(host=self.settings.host, slot=slot.number)
+        if slot is not self._first_slot:  # the directory was wiped, and our ledger with it; we count on in its memory
+            discard(ledger_path(slot.directory, self.settings.service, slot.number))
         return self._registration(slot, self._listener)
 
     def _registration(self, slot: Slot, listener: socket.socket) -> Registration:
@@ -390,9 +415,7 @@ async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
     await asyncio.wait({task}, timeout=timeout)
 
 
-def _render(
-    registry: CollectorRegistry, accept: str, accept_encoding: str, names: list[str]
-) -> tuple[Mapping[str, str], bytes]:
+def _render(registry: Any, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
     return render(registry, accept=accept, accept_encoding=accept_encoding, names=names)
 
 

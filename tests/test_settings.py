@@ -51,6 +51,7 @@ GOOD: dict[str, tuple[str, Any, str, Any]] = {
     "stop_timeout": ("3s", 3.0, "4s", 4.0),
     "required": ("true", True, "false", False),
     "request_metrics": ("false", False, "true", True),
+    "ledger": ("false", False, "true", True),
     "disabled": ("1", True, "0", False),
     "consul_http_addr": ("agent:1", AgentAddress(host="agent", port=1), "agent:2", AgentAddress(host="agent", port=2)),
     "consul_http_token": ("s3cret", "s3cret", "t4cret", "t4cret"),

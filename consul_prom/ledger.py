@@ -1,0 +1,311 @@
+"""The counters of a slot, in a mapped file: what was counted is the kernel's at once, and outlives its process.
+
+The file is records, appended whole, each with its size and a checksum: a head (whose ledger, of which boot), families
+(a metric's type, name, labels, buckets) and series. A series' record ends in its cells: doubles that change in place.
+Its first cell says when it was last in use, its second when it was created; the values follow.
+
+A take-over writes what is still wanted to a new file and renames it: this alone compacts, and until the rename the
+old file is whole. Nothing is synced to the disk: after a power loss, another boot, a ledger is not continued.
+"""
+
+import errno
+import json
+import logging
+import math
+import mmap
+import os
+import stat
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from consul_prom.errors import LedgerError
+
+log = logging.getLogger(__name__)
+
+SIZE: Final = 64 * 2**20
+"""Of the mapping, once for all; the file is sparse."""
+STEP: Final = 64 * 2**10
+KEEP: Final = 24 * 3600.0
+"""Seconds that a series which no process uses stays: long enough for rare ones to be seen by ``increase()``."""
+MOST_UNUSED: Final = 10_000
+RETRY: Final = 60.0
+
+MAGIC: Final = b"consul-prom ledger 1\n\0\0\0"
+_HEAD, _FAMILY, _SERIES = range(3)
+_RECORD: Final = struct.Struct(
+    "=IIHHI"
+)  # size, checksum, and summed by it: kind, number of cells, length of the payload
+_SUMMED: Final = 8
+_NUMBER: Final = struct.Struct("=I")
+_BETWEEN: Final = b"\xff"  # in no UTF-8 text
+IN_USE: Final = math.inf
+USED, CREATED, VALUES = range(3)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A metric's identity: a ledger's series are continued only by a metric of the same."""
+
+    kind: str
+    name: str
+    labelnames: tuple[str, ...] = ()
+    bounds: tuple[float, ...] = ()
+    documentation: str = field(default="", compare=False)
+    unit: str = field(default="", compare=False)
+
+    @property
+    def values(self) -> int:
+        """How many: a counter's one; a summary's count and sum; a histogram's sum and buckets."""
+        return {"counter": 1, "summary": 2}.get(self.kind, 1 + len(self.bounds))
+
+
+Labels = tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What a file holds of one: when it was last in use (`IN_USE`: by the last process), created, and its values."""
+
+    family: Family
+    labels: Labels
+    used: float
+    created: float
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """A ledger as it was read; `torn` where the file ends in half a record."""
+
+    head: dict[str, Any]
+    series: list[Series]
+    torn: bool
+
+
+class Ledger:
+    """A slot's ledger, ours for as long as we hold the slot.
+
+    `cells` is the whole file as doubles. `inherited` has the series that no metric of this process has claimed, by
+    family and labels: the index of their first cell.
+    """
+
+    def __init__(self, descriptor: int, end: int) -> None:
+        """*descriptor* is that of a file with records up to *end*, and room allocated beyond."""
+        self._descriptor = descriptor
+        self._bytes = memoryview(mmap.mmap(descriptor, SIZE))
+        self._end = self._allocated = end
+        self._growing = False
+        self._retry_at = 0.0
+        self._families: dict[Family, int] = {}
+        self.cells = self._bytes.cast("d")
+        self.inherited: dict[Family, dict[Labels, int]] = {}
+
+    @classmethod
+    def take_over(cls, path: Path, *, boot: str, instance: str, now: float | None = None) -> "Ledger":
+        """Continue the ledger at *path*, or begin one. Only who holds the slot may.
+
+        Raises:
+            LedgerError: there is none to be had; the old one is gone then, since it would lag what is exposed.
+        """
+        head = {"boot": boot, "instance": instance}
+        series = _wanted(_continued(path, head), time.time() if now is None else now)
+        aside = path.with_name(path.name + ".new")
+        descriptor = -1
+        try:
+            descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            os.ftruncate(descriptor, SIZE)
+            ledger = cls(descriptor, 0)
+            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode()), ahead=STEP)
+            for one in series:
+                cell = ledger.bear(one.family, one.labels, created=one.created, values=one.values, used=one.used)
+                ledger.inherited.setdefault(one.family, {})[one.labels] = cell
+            os.replace(aside, path)  # noqa: PTH105  # the tests stop at each call of os
+        except (OSError, LedgerError) as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            discard(aside)
+            discard(path)
+            raise LedgerError(f"{path} cannot be written: {_reason(error)}; see CONSUL_PROM_DIR") from error
+        return ledger
+
+    def bear(
+        self, family: Family, labels: Labels, *, created: float, values: tuple[float, ...] = (), used: float = IN_USE
+    ) -> int:
+        """Append a series; the index of its first cell. Its values are 0 unless given.
+
+        Raises:
+            LedgerError: there is no room.
+        """
+        number = self._families.get(family)
+        if number is None:
+            self._write(_record(_FAMILY, json.dumps(asdict(family)).encode()), ahead=STEP)
+            number = self._families[family] = len(self._families)
+        payload = _NUMBER.pack(number) + _BETWEEN.join([label.encode("utf-8", "surrogatepass") for label in labels])
+        record = _record(_SERIES, payload, (used, created, *(values or (0.0,) * family.values)))
+        return (self._write(record, ahead=STEP) + len(record)) // 8 - family.values - VALUES
+
+    def claim(self, cell: int) -> None:
+        """The series whose first cell is *cell* is in use, and will be inherited."""
+        self.cells[cell + USED] = IN_USE
+
+    def drop(self, cell: int) -> None:
+        """It will not be inherited."""
+        self.cells[cell + USED] = 0.0
+
+    def close(self) -> None:
+        """Room is no longer to be had. The mapping stays for as long as somebody counts in it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _write(self, record: bytes, *, ahead: int) -> int:
+        """Append, with the rest zero: what a kill leaves of it fails its checksum. The offset of what was written."""
+        if self._end + len(record) > self._allocated:
+            self._grow(self._end + len(record) + ahead)
+        # No call between these two: a birth by a signal handler or the garbage collector finds the room taken.
+        start = self._end
+        self._end = start + len(record)
+        self._bytes[start : start + len(record)] = record
+        return start
+
+    def _grow(self, end: int) -> None:
+        """Space is allocated before it is written to: a full disk is an error here, and a SIGBUS there."""
+        if end > SIZE:
+            raise LedgerError(f"it is full ({SIZE >> 20} MiB)")
+        if self._growing or time.monotonic() < self._retry_at:
+            raise LedgerError("there was no space for it just now")
+        self._growing = True
+        try:
+            _allocate(self._descriptor, self._allocated, end - self._allocated)
+            self._allocated = end
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY
+            raise LedgerError(_reason(error)) from error
+        finally:
+            self._growing = False
+
+
+def read(path: Path) -> Contents | None:
+    """The ledger at *path*, whole up to the first record that is not; None where there is none of our making."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or not found.st_size:
+            return None
+        with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as data:
+            return _parse(data) if data[: len(MAGIC)] == MAGIC else None
+    finally:
+        os.close(descriptor)
+
+
+def ledger_path(directory: Path, service: str, slot: int) -> Path:
+    return directory / f"{service}.{slot}.ledger"
+
+
+def discard(path: Path) -> None:
+    """Nobody shall continue the ledger at *path*: its slot's counters were exposed without it."""
+    with suppress(OSError):
+        os.unlink(path)  # noqa: PTH108  # the tests stop at each call of os
+
+
+def _continued(path: Path, head: dict[str, Any]) -> list[Series]:
+    """What the ledger at *path* holds, if it is of this boot and instance; else one sentence, unless there is none."""
+    try:
+        contents = read(path)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        log.warning("%s is not continued, counters start anew: %s", path, _reason(error))
+        return []
+    if contents is None:
+        log.warning("%s is not continued, counters start anew: it is not ours, or another version's", path)
+        return []
+    if contents.head != head:
+        log.info("%s is not continued, counters start anew: it is of another boot or host name", path)
+        return []
+    if contents.torn:
+        log.warning("%s ends in half a record; what stands before it is continued", path)
+    return contents.series
+
+
+def _wanted(series: list[Series], now: float) -> list[Series]:
+    """Without the series that are unused for too long, the oldest first where they are too many; in their order."""
+    unused = sorted(one.used for one in series if one.used != IN_USE and one.used > now - KEEP)
+    oldest = unused[-MOST_UNUSED] if len(unused) >= MOST_UNUSED else now - KEEP
+    return [
+        Series(one.family, one.labels, min(one.used, now), one.created, one.values)
+        for one in series
+        if one.used >= oldest
+    ]
+
+
+def _record(kind: int, payload: bytes, cells: tuple[float, ...] = ()) -> bytes:
+    length = len(payload)
+    padding = -length % 8
+    summed = _RECORD.pack(0, 0, kind, len(cells), length)[_SUMMED:] + payload
+    size = _RECORD.size + length + padding + 8 * len(cells)
+    start = _NUMBER.pack(size) + _NUMBER.pack(zlib.crc32(summed))
+    return start + summed + bytes(padding) + struct.pack(f"={len(cells)}d", *cells)
+
+
+def _parse(data: mmap.mmap) -> Contents:
+    head: dict[str, Any] = {}
+    families: list[Family] = []
+    found: dict[tuple[Family, Labels], Series] = {}
+    offset = len(MAGIC)
+    for kind, payload, cells, end in _records(data, offset):
+        offset = end
+        if kind == _HEAD:
+            head = json.loads(payload)
+        elif kind == _FAMILY:
+            row = json.loads(payload)
+            families.append(Family(**{**row, "labelnames": tuple(row["labelnames"]), "bounds": tuple(row["bounds"])}))
+        else:
+            family = families[_NUMBER.unpack_from(payload)[0]]
+            texts = payload[_NUMBER.size :].split(_BETWEEN) if family.labelnames else ()
+            labels = tuple([text.decode("utf-8", "surrogatepass") for text in texts])
+            if cells[USED] > 0:  # what was removed and born again stands further on
+                found[family, labels] = Series(family, labels, cells[USED], cells[CREATED], cells[VALUES:])
+    return Contents(head, list(found.values()), torn=any(data[offset : offset + _RECORD.size]))
+
+
+def _records(data: mmap.mmap, offset: int) -> Iterator[tuple[int, bytes, tuple[float, ...], int]]:
+    """Kind, payload, cells and end of each record up to the first that is not whole."""
+    while offset + _RECORD.size <= len(data):
+        size, checksum, kind, cells, length = _RECORD.unpack_from(data, offset)
+        body = offset + _RECORD.size
+        end = body + length + -length % 8 + 8 * cells
+        if not size or end != offset + size or end > len(data):
+            return
+        if zlib.crc32(data[offset + _SUMMED : body + length]) != checksum:
+            return
+        yield kind, data[body : body + length], struct.unpack_from(f"={cells}d", data, end - 8 * cells), end
+        offset = end
+
+
+def _allocate(descriptor: int, start: int, length: int) -> None:
+    """Zeros are written where the system or the file system knows no other way."""
+    try:
+        os.posix_fallocate(descriptor, start, length)
+    except AttributeError:
+        _write_zeros(descriptor, start, length)
+    except OSError as error:
+        if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:
+            raise
+        _write_zeros(descriptor, start, length)
+
+
+def _write_zeros(descriptor: int, start: int, length: int) -> None:
+    while length:
+        written = os.pwrite(descriptor, bytes(min(length, STEP)), start)
+        start, length = start + written, length - written
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
