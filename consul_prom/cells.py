@@ -17,6 +17,7 @@ class _Asked(threading.local):
 
 
 _ASKED: Final = _Asked()
+_OWN_CLASSES: Final = {Counter, Summary, Histogram}
 
 
 @contextmanager
@@ -39,14 +40,15 @@ class CellValue:
     __slots__ = ("_base", "_cells", "_created", "_elsewhere", "_exemplar", "_index", "_lock")
     _multiprocess = False
 
-    def __init__(self, value: Any) -> None:
-        """Takes the place of *value*, whose lock the caller has: it will be ours too."""
-        self._cells: Any = array("d", (value._value, 0.0))
-        self._index, self._created = 0, 1
-        self._base = 0.0
-        self._elsewhere: float = getattr(value, "_elsewhere", 0.0)
-        self._exemplar = value._exemplar
-        self._lock = value._lock
+    def __init__(self, lock: threading.Lock, cells: Any, index: int, created: int) -> None:
+        """A new one, on top of what the cell *index* holds; the cell *created* is the series' birthday."""
+        self._cells = cells
+        self._index = index
+        self._created = created
+        self._base: float = cells[index]
+        self._elsewhere = 0.0
+        self._exemplar: Any = None
+        self._lock = lock
 
     def inc(self, amount: float) -> None:
         with self._lock:
@@ -79,7 +81,7 @@ class CellValue:
             return self._exemplar
 
     def enter(self, cells: "memoryview[float]", *, index: int, created: int) -> None:
-        """Live in the cell *index* from now on, on top of what it holds; the cell *created* is the series' birthday."""
+        """Live in the cell *index* from now on, on top of what it holds."""
         with self._lock:
             counted = self._cells[self._index]
             own = counted - self._base
@@ -112,28 +114,34 @@ class _Replaced(values.MutexValue):
         successor._cells[successor._index] = own + successor._base
 
 
-def in_cells(metric: Any) -> list[CellValue]:
-    """The values of one series, in the ledger's order, made such that can live in cells."""
-    replaced = [_replace(value) for value in plain(metric)]
-    match metric:
-        case Counter():
-            (metric._value,) = replaced
-        case Summary():
-            metric._count, metric._sum = replaced
-        case _:
-            metric._sum, *metric._buckets = replaced
-    return replaced
+def move(metric: Any, cells: "memoryview[float]", created: int, first: int, *, newborn: bool) -> None:
+    """Let one series live in the cells from *first* on, and *created* for its birthday.
+
+    Of a *newborn* of the library's own classes nobody holds a value, and none has counted.
+    """
+    metric._created = cells[created]
+    old = plain(metric)
+    if newborn and type(metric) in _OWN_CLASSES:
+        moved = [CellValue(value._lock, cells, index, created) for index, value in enumerate(old, first)]
+    else:
+        moved = [_replace(value) for value in old]
+        for index, value in enumerate(moved, first):
+            value.enter(cells, index=index, created=created)
+    if isinstance(metric, Counter):
+        metric._value = moved[0]
+    elif isinstance(metric, Summary):
+        metric._count, metric._sum = moved
+    else:
+        metric._sum, *metric._buckets = moved
 
 
 def plain(metric: Any) -> list[Any]:
     """The values of one series as they are, in the ledger's order."""
-    match metric:
-        case Counter():
-            return [metric._value]
-        case Summary():
-            return [metric._count, metric._sum]
-        case _:
-            return [metric._sum, *metric._buckets]
+    if isinstance(metric, Counter):
+        return [metric._value]
+    if isinstance(metric, Summary):
+        return [metric._count, metric._sum]
+    return [metric._sum, *metric._buckets]
 
 
 def note_parent(value: Any) -> None:
@@ -148,7 +156,10 @@ def _replace(value: Any) -> CellValue:
     if isinstance(value, CellValue):
         return value
     with value._lock:
-        successor = CellValue(value)
+        successor = CellValue(value._lock, array("d", (0.0, 0.0)), 0, 1)
+        successor._cells[0] = value._value
+        successor._elsewhere = getattr(value, "_elsewhere", 0.0)
+        successor._exemplar = value._exemplar
         value._successor = successor
         value.__class__ = _Replaced
     return successor

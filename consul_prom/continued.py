@@ -19,7 +19,7 @@ from weakref import WeakSet
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, Summary
 from prometheus_client.registry import Collector
 
-from consul_prom.cells import CellValue, check_library, in_cells, note_parent, plain, totals
+from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
 from consul_prom.errors import LedgerError
 from consul_prom.ledger import CREATED, VALUES, Family, Labels, Ledger
 
@@ -72,7 +72,7 @@ class ContinuedRegistry:
         None where there are none. One that is used is removed from it, so it only ever shrinks.
         """
         bound = self._bound.get(metric)
-        return self._shadow(bound.family) if bound and self._ledger.inherited.get(bound.family) else None
+        return self._shadow(bound.family) if bound and bound.inherited else None
 
     def orphans(self) -> list[Any]:
         """The same of each family that nobody has registered, and whose names no collector has taken."""
@@ -92,28 +92,26 @@ class ContinuedRegistry:
         """The same in a forked child, where a lock may be held for ever by a thread that did not follow."""
         self._let_go(locked=False)
 
-    def cells_of(self, family: Family, labels: Labels, *, created: float) -> "tuple[memoryview[float], int] | None":
-        """Where a series that is born lives: where it was inherited, or in new cells, or nowhere."""
+    def cell_of(self, bound: "_Bound", labels: Labels, created: float) -> int | None:
+        """The first cell of a series that is born: it is inherited, or new, or there is none."""
         with self._lock:
-            cell = self._ledger.inherited.get(family, {}).pop(labels, None)
-            if cell is not None:
+            if labels in bound.inherited:
+                cell = bound.inherited.pop(labels)
                 self._ledger.claim(cell)
-                self._unshadow(family, labels)
-                return self._ledger.cells, cell
+                self._unshadow(bound.family, labels)
+                return cell
             try:
-                return self._ledger.cells, self._ledger.bear(family, labels, created=created)
+                return self._ledger.bear(bound.family, labels, created=created)
             except LedgerError as error:
-                self._warn(f"new series of {family.name} are counted in memory only, the ledger takes no more: {error}")
+                self._warn(
+                    f"new series of {bound.family.name} are counted in memory only, the ledger takes no more: {error}"
+                )
                 return None
-
-    def drop(self, cell: int) -> None:
-        """The series at *cell* has left the registry."""
-        self._ledger.drop(cell)
 
     def forget(self, family: Family, chosen: Chosen) -> None:
         """What is inherited, and *chosen* by its labels, goes."""
         with self._lock:
-            inherited = self._ledger.inherited.get(family, {})
+            inherited = self._ledger.inherited[family]
             for labels in [labels for labels in inherited if chosen(labels)]:
                 self._ledger.drop(inherited.pop(labels))
                 self._unshadow(family, labels)
@@ -137,7 +135,7 @@ class ContinuedRegistry:
         with self._entering:
             if collector in self._bound:
                 return
-            bound = _Bound(self, collector)
+            bound = _Bound(self, self._ledger, collector)
             for family in list(self._ledger.inherited):
                 if family.name == bound.family.name and family != bound.family:
                     self.forget(family, _all)  # its type, labels or buckets have changed
@@ -169,7 +167,7 @@ class ContinuedRegistry:
             yield from families
 
     def _families(self, bound: "_Bound") -> list[Metric]:
-        inherited = self._ledger.inherited.get(bound.family, {})
+        inherited = bound.inherited
         while True:
             with bound.lock:  # so that no series is on its way from the one to the other
                 waiting = len(inherited)
@@ -192,8 +190,9 @@ class ContinuedRegistry:
         metric = _KINDS[family.kind](
             family.name, family.documentation, family.labelnames, unit=family.unit, registry=None, **options
         )
-        for labels, cell in self._ledger.inherited.get(family, {}).items():
-            _live(metric.labels(*labels) if labels else metric, self._ledger.cells, cell)
+        for labels, cell in self._ledger.inherited[family].items():
+            child = metric.labels(*labels) if labels else metric
+            move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=True)
         return metric
 
     def _unshadow(self, family: Family, labels: Labels) -> None:
@@ -226,20 +225,22 @@ class _Restricted:
 class _Bound:
     """A registered metric whose values are in cells. Births and deaths of its children happen under its `lock`."""
 
-    def __init__(self, owner: ContinuedRegistry, metric: Any) -> None:
+    def __init__(self, owner: ContinuedRegistry, ledger: Ledger, metric: Any) -> None:
         bounds = tuple(metric._upper_bounds) if isinstance(metric, Histogram) else ()
         self.family = Family(
             metric._type, metric._name, tuple(metric._labelnames), bounds, metric._documentation, metric._unit
         )
         self.metric = metric
+        self.inherited = ledger.inherited[self.family]
         self.lock: Any = metric._lock if metric._labelnames else nullcontext()
         self._owner = owner
+        self._ledger = ledger
         self._cells: dict[Labels, int] = {}
 
     def enter(self) -> None:
         """All series that there are, and from now on those that come."""
         if not self.family.labelnames:
-            self.born((), self.metric)
+            self.born((), self.metric, newborn=False)
             return
         self._adopt()
         for name, choose in _REMOVERS.items():
@@ -260,20 +261,20 @@ class _Bound:
                 if isinstance(value, CellValue):
                     value.leave(stays=stays, locked=locked)
 
-    def born(self, labels: Labels, child: Any) -> None:
+    def born(self, labels: Labels, child: Any, *, newborn: bool) -> None:
         """Nothing that goes wrong here reaches the application."""
         try:
-            found = self._owner.cells_of(self.family, labels, created=child._created)
-            if found:
-                child._created = _live(child, *found)
-                self._cells[labels] = found[1]
+            cell = self._owner.cell_of(self, labels, child._created)
+            if cell is not None:
+                self._cells[labels] = cell
+                move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=newborn)
         except Exception:
             log.exception("a series of %s is counted in memory only: an error not expected", self.family.name)
 
     def gone(self, labels: Labels) -> None:
         cell = self._cells.pop(labels, None)
         if cell is not None:
-            self._owner.drop(cell)
+            self._ledger.drop(cell)
 
     def drop_all(self) -> None:
         for labels in list(self._cells):
@@ -283,8 +284,10 @@ class _Bound:
         """Make the dictionary of children ours; of what it replaces, only what is in it lives on."""
         with self.lock:
             self.drop_all()
-            found, self.metric._metrics = self.metric._metrics, _Children(self)
-            self.metric._metrics.update_one_by_one(found)
+            found = self.metric._metrics
+            for labels, child in found.items():
+                self.born(labels, child, newborn=False)
+            self.metric._metrics = _Children(self, found)
 
     def _remover(self, original: Callable[..., None], choose: Callable[..., Chosen]) -> Callable[..., None]:
         """*original*, and what was inherited goes too."""
@@ -301,12 +304,12 @@ class _Bound:
 class _Children(dict[Labels, Any]):
     """A labelled metric's `_metrics`: a child's birth is its entry here, its death its removal."""
 
-    def __init__(self, bound: _Bound) -> None:
-        super().__init__()
+    def __init__(self, bound: _Bound, children: dict[Labels, Any]) -> None:
+        super().__init__(children)
         self._bound = bound
 
     def __setitem__(self, labels: Labels, child: Any) -> None:
-        self._bound.born(labels, child)  # first, so that no scrape sees it without what it inherits
+        self._bound.born(labels, child, newborn=True)  # first, so that no scrape sees it without what it inherits
         super().__setitem__(labels, child)
 
     def __delitem__(self, labels: Labels) -> None:
@@ -317,18 +320,6 @@ class _Children(dict[Labels, Any]):
         child = super().pop(labels, *default)
         self._bound.gone(labels)
         return child
-
-    def update_one_by_one(self, children: dict[Labels, Any]) -> None:
-        for labels, child in children.items():
-            self[labels] = child
-
-
-def _live(child: Any, cells: "memoryview[float]", cell: int) -> float:
-    """Let the values of a series live in its cells; when it was created."""
-    for number, value in enumerate(in_cells(child)):
-        value.enter(cells, index=cell + VALUES + number, created=cell + CREATED)
-    child._created = cells[cell + CREATED]
-    return float(child._created)
 
 
 def _names(family: Family) -> list[str]:

@@ -18,11 +18,12 @@ import stat
 import struct
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from consul_prom.errors import LedgerError
 
@@ -38,11 +39,11 @@ RETRY: Final = 60.0
 
 MAGIC: Final = b"consul-prom ledger 1\n\0\0\0"
 _HEAD, _FAMILY, _SERIES = range(3)
-_RECORD: Final = struct.Struct(
-    "=IIHHI"
-)  # size, checksum, and summed by it: kind, number of cells, length of the payload
-_SUMMED: Final = 8
+_START: Final = struct.Struct("=II")  # size, checksum of what follows up to the cells
+_SUMMED: Final = struct.Struct("=HHI")  # kind, number of cells, length of the payload, which is padded to 8
 _NUMBER: Final = struct.Struct("=I")
+_TIMES: Final = struct.Struct("=dd")
+_ZEROS: Final = bytes(8)
 _BETWEEN: Final = b"\xff"  # in no UTF-8 text
 IN_USE: Final = math.inf
 USED, CREATED, VALUES = range(3)
@@ -59,6 +60,9 @@ class Family:
     documentation: str = field(default="", compare=False)
     unit: str = field(default="", compare=False)
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # that of all fields would be half of a birth's cost
+
     @property
     def values(self) -> int:
         """How many: a counter's one; a summary's count and sum; a histogram's sum and buckets."""
@@ -66,6 +70,13 @@ class Family:
 
 
 Labels = tuple[str, ...]
+
+
+class _Known(NamedTuple):
+    """What the records of a family's series have in common."""
+
+    number: bytes
+    zeros: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +113,9 @@ class Ledger:
         self._end = self._allocated = end
         self._growing = False
         self._retry_at = 0.0
-        self._families: dict[Family, int] = {}
+        self._families: dict[Family, _Known] = {}
         self.cells = self._bytes.cast("d")
-        self.inherited: dict[Family, dict[Labels, int]] = {}
+        self.inherited: dict[Family, dict[Labels, int]] = defaultdict(dict)
 
     @classmethod
     def take_over(cls, path: Path, *, boot: str, instance: str, now: float | None = None) -> "Ledger":
@@ -121,10 +132,10 @@ class Ledger:
             descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             os.ftruncate(descriptor, SIZE)
             ledger = cls(descriptor, 0)
-            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode()), ahead=STEP)
+            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode()))
             for one in series:
                 cell = ledger.bear(one.family, one.labels, created=one.created, values=one.values, used=one.used)
-                ledger.inherited.setdefault(one.family, {})[one.labels] = cell
+                ledger.inherited[one.family][one.labels] = cell
             os.replace(aside, path)  # noqa: PTH105  # the tests stop at each call of os
         except (OSError, LedgerError) as error:
             if descriptor >= 0:
@@ -142,13 +153,11 @@ class Ledger:
         Raises:
             LedgerError: there is no room.
         """
-        number = self._families.get(family)
-        if number is None:
-            self._write(_record(_FAMILY, json.dumps(asdict(family)).encode()), ahead=STEP)
-            number = self._families[family] = len(self._families)
-        payload = _NUMBER.pack(number) + _BETWEEN.join([label.encode("utf-8", "surrogatepass") for label in labels])
-        record = _record(_SERIES, payload, (used, created, *(values or (0.0,) * family.values)))
-        return (self._write(record, ahead=STEP) + len(record)) // 8 - family.values - VALUES
+        known = self._families.get(family) or self._introduce(family)
+        payload = known.number + _BETWEEN.join([label.encode("utf-8", "surrogatepass") for label in labels])
+        numbers = struct.pack(f"={len(values)}d", *values) if values else known.zeros
+        record = _record(_SERIES, payload, _TIMES.pack(used, created) + numbers)
+        return (self._write(record) + len(record) - len(numbers)) // 8 - VALUES
 
     def claim(self, cell: int) -> None:
         """The series whose first cell is *cell* is in use, and will be inherited."""
@@ -164,10 +173,15 @@ class Ledger:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _write(self, record: bytes, *, ahead: int) -> int:
+    def _introduce(self, family: Family) -> "_Known":
+        self._write(_record(_FAMILY, json.dumps(asdict(family)).encode()))
+        known = self._families[family] = _Known(_NUMBER.pack(len(self._families)), bytes(8 * family.values))
+        return known
+
+    def _write(self, record: bytes) -> int:
         """Append, with the rest zero: what a kill leaves of it fails its checksum. The offset of what was written."""
         if self._end + len(record) > self._allocated:
-            self._grow(self._end + len(record) + ahead)
+            self._grow(self._end + len(record) + STEP)
         # No call between these two: a birth by a signal handler or the garbage collector finds the room taken.
         start = self._end
         self._end = start + len(record)
@@ -245,13 +259,12 @@ def _wanted(series: list[Series], now: float) -> list[Series]:
     ]
 
 
-def _record(kind: int, payload: bytes, cells: tuple[float, ...] = ()) -> bytes:
+def _record(kind: int, payload: bytes, cells: bytes = b"") -> bytes:
     length = len(payload)
+    summed = _SUMMED.pack(kind, len(cells) // 8, length) + payload
     padding = -length % 8
-    summed = _RECORD.pack(0, 0, kind, len(cells), length)[_SUMMED:] + payload
-    size = _RECORD.size + length + padding + 8 * len(cells)
-    start = _NUMBER.pack(size) + _NUMBER.pack(zlib.crc32(summed))
-    return start + summed + bytes(padding) + struct.pack(f"={len(cells)}d", *cells)
+    size = _START.size + len(summed) + padding + len(cells)
+    return _START.pack(size, zlib.crc32(summed)) + summed + _ZEROS[:padding] + cells
 
 
 def _parse(data: mmap.mmap) -> Contents:
@@ -272,18 +285,20 @@ def _parse(data: mmap.mmap) -> Contents:
             labels = tuple([text.decode("utf-8", "surrogatepass") for text in texts])
             if cells[USED] > 0:  # what was removed and born again stands further on
                 found[family, labels] = Series(family, labels, cells[USED], cells[CREATED], cells[VALUES:])
-    return Contents(head, list(found.values()), torn=any(data[offset : offset + _RECORD.size]))
+    return Contents(head, list(found.values()), torn=any(data[offset : offset + _START.size]))
 
 
 def _records(data: mmap.mmap, offset: int) -> Iterator[tuple[int, bytes, tuple[float, ...], int]]:
     """Kind, payload, cells and end of each record up to the first that is not whole."""
-    while offset + _RECORD.size <= len(data):
-        size, checksum, kind, cells, length = _RECORD.unpack_from(data, offset)
-        body = offset + _RECORD.size
+    head = _START.size + _SUMMED.size
+    while offset + head <= len(data):
+        size, checksum = _START.unpack_from(data, offset)
+        kind, cells, length = _SUMMED.unpack_from(data, offset + _START.size)
+        body = offset + head
         end = body + length + -length % 8 + 8 * cells
         if not size or end != offset + size or end > len(data):
             return
-        if zlib.crc32(data[offset + _SUMMED : body + length]) != checksum:
+        if zlib.crc32(data[offset + _START.size : body + length]) != checksum:
             return
         yield kind, data[body : body + length], struct.unpack_from(f"={cells}d", data, end - 8 * cells), end
         offset = end
