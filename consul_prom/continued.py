@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -139,6 +139,8 @@ class ContinuedRegistry:
             for family in list(self._ledger.inherited):
                 if family.name == bound.family.name and family != bound.family:
                     self.forget(family, _all)  # its type, labels or buckets have changed
+            with suppress(LedgerError), self._lock:  # its first series will say so, if it comes
+                self._ledger.introduce(bound.family)
             bound.enter()
             self._bound[collector] = bound
 
@@ -357,7 +359,10 @@ def watch(registry: CollectorRegistry) -> None:
 
 def _after_fork_in_child() -> None:
     for continued in list(_CONTINUED):
-        continued.abandon()
+        try:
+            continued.abandon()
+        except Exception:
+            log.exception("a forked child may count into its parent's ledger: an error not expected")
     for registry in list(_WATCHED):
         for collector in list(registry._collector_to_names):
             if isinstance(collector, Counter | Summary | Histogram):

@@ -21,7 +21,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -75,6 +75,7 @@ Labels = tuple[str, ...]
 class _Known(NamedTuple):
     """What the records of a family's series have in common."""
 
+    family: Family
     number: bytes
     zeros: bytes
 
@@ -114,6 +115,7 @@ class Ledger:
         self._growing = False
         self._retry_at = 0.0
         self._families: dict[Family, _Known] = {}
+        self._numbers = 0
         self.cells = self._bytes.cast("d")
         self.inherited: dict[Family, dict[Labels, int]] = defaultdict(dict)
 
@@ -153,7 +155,7 @@ class Ledger:
         Raises:
             LedgerError: there is no room.
         """
-        known = self._families.get(family) or self._introduce(family)
+        known = self._families.get(family) or self.introduce(family)
         payload = known.number + _BETWEEN.join([label.encode("utf-8", "surrogatepass") for label in labels])
         numbers = struct.pack(f"={len(values)}d", *values) if values else known.zeros
         record = _record(_SERIES, payload, _TIMES.pack(used, created) + numbers)
@@ -173,19 +175,28 @@ class Ledger:
         if descriptor >= 0:
             os.close(descriptor)
 
-    def _introduce(self, family: Family) -> "_Known":
-        self._write(_record(_FAMILY, json.dumps(asdict(family)).encode()))
-        known = self._families[family] = _Known(_NUMBER.pack(len(self._families)), bytes(8 * family.values))
+    def introduce(self, family: Family) -> "_Known":
+        """Append a family, or its new help.
+
+        Raises:
+            LedgerError: there is no room.
+        """
+        known = self._families.get(family)
+        if known is None or known.family.documentation != family.documentation:
+            self._write(_record(_FAMILY, json.dumps(asdict(family)).encode()))
+            known = self._families[family] = _Known(family, _NUMBER.pack(self._numbers), bytes(8 * family.values))
+            self._numbers += 1
         return known
 
     def _write(self, record: bytes) -> int:
         """Append, with the rest zero: what a kill leaves of it fails its checksum. The offset of what was written."""
-        if self._end + len(record) > self._allocated:
-            self._grow(self._end + len(record) + STEP)
+        size = len(record)
+        if self._end + size > self._allocated:
+            self._grow(self._end + size + STEP)
         # No call between these two: a birth by a signal handler or the garbage collector finds the room taken.
         start = self._end
-        self._end = start + len(record)
-        self._bytes[start : start + len(record)] = record
+        self._end = start + size
+        self._bytes[start : start + size] = record
         return start
 
     def _grow(self, end: int) -> None:
@@ -270,6 +281,7 @@ def _record(kind: int, payload: bytes, cells: bytes = b"") -> bytes:
 def _parse(data: mmap.mmap) -> Contents:
     head: dict[str, Any] = {}
     families: list[Family] = []
+    helps: dict[Family, str] = {}
     found: dict[tuple[Family, Labels], Series] = {}
     offset = len(MAGIC)
     for kind, payload, cells, end in _records(data, offset):
@@ -278,14 +290,18 @@ def _parse(data: mmap.mmap) -> Contents:
             head = json.loads(payload)
         elif kind == _FAMILY:
             row = json.loads(payload)
-            families.append(Family(**{**row, "labelnames": tuple(row["labelnames"]), "bounds": tuple(row["bounds"])}))
+            families.append(
+                latest := Family(**{**row, "labelnames": tuple(row["labelnames"]), "bounds": tuple(row["bounds"])})
+            )
+            helps[latest] = latest.documentation
         else:
             family = families[_NUMBER.unpack_from(payload)[0]]
             texts = payload[_NUMBER.size :].split(_BETWEEN) if family.labelnames else ()
             labels = tuple([text.decode("utf-8", "surrogatepass") for text in texts])
             if cells[USED] > 0:  # what was removed and born again stands further on
                 found[family, labels] = Series(family, labels, cells[USED], cells[CREATED], cells[VALUES:])
-    return Contents(head, list(found.values()), torn=any(data[offset : offset + _START.size]))
+    series = [replace(one, family=replace(one.family, documentation=helps[one.family])) for one in found.values()]
+    return Contents(head, series, torn=any(data[offset : offset + _START.size]))
 
 
 def _records(data: mmap.mmap, offset: int) -> Iterator[tuple[int, bytes, tuple[float, ...], int]]:
