@@ -261,7 +261,7 @@ def _continued(path: Path, head: dict[str, Any]) -> list[Series]:
 
 def _wanted(series: list[Series], now: float) -> list[Series]:
     """Without the series that are unused for too long, the oldest first where they are too many; in their order."""
-    unused = sorted(one.used for one in series if one.used != IN_USE and one.used > now - KEEP)
+    unused = sorted(one.used for one in series if one.used != IN_USE and one.used >= now - KEEP)
     oldest = unused[-MOST_UNUSED] if len(unused) >= MOST_UNUSED else now - KEEP
     return [
         Series(one.family, one.labels, min(one.used, now), one.created, one.values)
