@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.values import MutexValue
 
 import consul_prom
 from consul_prom import slots
@@ -668,3 +669,118 @@ def _sockets_of(worker: Worker) -> set[str]:
     assert worker._life
     links = {str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in worker._life.thread.descriptors()}
     return {link for link in links if link.startswith("socket:")}
+
+
+class TestLedger:
+    """The counters of a slot outlive its workers."""
+
+    @pytest.fixture
+    def hits(self, registry: CollectorRegistry) -> Counter:
+        return Counter("hits", "-", ["route"], registry=registry)
+
+    def next_worker(self, make: Make) -> tuple[Worker, Counter]:
+        """What a new process of the same application has."""
+        registry = CollectorRegistry()
+        hits = Counter("hits", "-", ["route"], registry=registry)
+        worker = make(registry=registry, address="127.0.0.1")
+        worker.start()
+        return worker, hits
+
+    def test_is_continued(self, make: Make, hits: Counter) -> None:
+        """A slot's next worker shows what the slot has counted, its own metrics too, whichever of both counted it."""
+        hits.labels("/early").inc()
+        worker = make(address="127.0.0.1")
+        worker.start()
+        hits.labels("/late").inc(2)
+        page(worker)
+        assert "consul_prom_scrapes_total 1.0" in page(worker)
+        worker.stop()
+        again, more = self.next_worker(make)
+        more.labels("/late").inc()
+        shown = page(again)
+        assert 'hits_total{route="/early"} 1.0' in shown
+        assert 'hits_total{route="/late"} 3.0' in shown
+        assert "consul_prom_scrapes_total 2.0" in shown
+        assert more.labels("/late")._value.get() == 1
+
+    def test_killed(self, make: Make, directory: Path, hits: Counter) -> None:
+        """So it does when the worker before was killed."""
+        child = os.fork()
+        if not child:
+            worker = make(address="127.0.0.1")
+            worker.start()
+            hits.labels("/").inc(5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert (directory / "shop.0.ledger").exists()
+        assert 'hits_total{route="/"} 5.0' in page(self.next_worker(make)[0])
+
+    def test_switched_off(self, make: Make, registry: CollectorRegistry, directory: Path, hits: Counter) -> None:
+        """Without ledger nothing of prometheus_client is touched, and no later worker continues from below."""
+        hits.labels("/").inc()
+        worker = make(address="127.0.0.1")
+        worker.start()
+        worker.stop()
+        assert (directory / "shop.0.ledger").exists()
+        bare = CollectorRegistry()
+        before, counter = set(vars(bare)), Counter("bare", "-", ["x"], registry=bare)
+        value = counter.labels("a")._value
+        worker = make(registry=bare, address="127.0.0.1", ledger=False)
+        worker.start()
+        assert set(vars(bare)) == before
+        assert counter.labels("a")._value is value
+        assert (type(value), type(counter._metrics)) == (MutexValue, dict)
+        assert 'bare_total{x="a"} 0.0' in page(worker)
+        assert not (directory / "shop.0.ledger").exists()
+
+    def test_cannot_be_had(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker without a ledger counts in memory, after one warning that names the setting."""
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        hits.labels("/").inc()
+        assert 'hits_total{route="/"} 1.0' in page(worker)
+        warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("the counters of web-1:0 live in memory: ")
+        assert warnings[0].endswith("No space left on device; see CONSUL_PROM_DIR (CONSUL_PROM_LEDGER)")
+
+    def test_unexpected(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An error that nobody expected does the same."""
+        monkeypatch.setattr("consul_prom.worker.ContinuedRegistry", lambda *_: 1 / 0)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        hits.labels("/").inc()
+        assert 'hits_total{route="/"} 1.0' in page(worker)
+        assert "an error not expected" in caplog.text
+
+    def test_wiped(
+        self, agent: DevAgent, make: Make, hits: Counter, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the directory is wiped, a worker counts on in memory, and its slot's next worker starts anew."""
+        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        registered(worker)
+        hits.labels("/").inc(5)
+        meta = agent.state.services["shop.web-1.0"].meta
+        shutil.rmtree(directory)
+        directory.mkdir(mode=0o700)
+        (directory / "shop.0.ledger").write_text("of another one that was here meanwhile")
+        wait_until(
+            lambda: any(entry.meta["dir"] != meta["dir"] for entry in agent.state.services.values()),
+            within=20,
+            what="a new registration",
+        )
+        hits.labels("/").inc()
+        assert 'hits_total{route="/"} 6.0' in page(worker)
+        worker.stop()
+        assert "hits_total{" not in page(self.next_worker(make)[0])
