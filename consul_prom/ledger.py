@@ -90,6 +90,11 @@ class Series:
     created: float
     values: tuple[float, ...]
 
+    @property
+    def count(self) -> float:
+        """A counter's value; how much a summary or a histogram observed."""
+        return sum(self.values[1:]) if self.family.kind == "histogram" else self.values[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -231,6 +236,17 @@ def read(path: Path) -> Contents | None:
 
 def ledger_path(directory: Path, service: str, slot: int) -> Path:
     return directory / f"{service}.{slot}.ledger"
+
+
+def in_directory(directory: Path, service: str = "") -> list[tuple[Path, Contents]]:
+    """The ledgers of *directory*, of all services or one, that can be read."""
+    found = []
+    for path in sorted(directory.glob(f"{service or '*'}.*.ledger")):
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            contents = read(path)
+            if contents:
+                found.append((path, contents))
+    return found
 
 
 def discard(path: Path) -> None:
