@@ -112,12 +112,17 @@ class Ledger:
     family and labels: the index of their first cell.
     """
 
-    def __init__(self, descriptor: int, end: int) -> None:
-        """*descriptor* is that of a file with records up to *end*, and room allocated beyond."""
-        self._descriptor = descriptor
-        self._bytes = memoryview(mmap.mmap(descriptor, SIZE))
-        self._end = self._allocated = end
-        self._growing = False
+    def __init__(self, path: Path) -> None:
+        """An empty one in a new file, for its owner only."""
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(self._descriptor, SIZE)
+            self._bytes = memoryview(mmap.mmap(self._descriptor, SIZE))
+        except OSError:
+            self.close()
+            raise
+        self._end = self._allocated = 0
+        self._zeroing = False
         self._retry_at = 0.0
         self._families: dict[Family, _Known] = {}
         self._numbers = 0
@@ -134,19 +139,17 @@ class Ledger:
         head = {"boot": boot, "instance": instance}
         series = _wanted(_continued(path, head), time.time() if now is None else now)
         aside = path.with_name(path.name + ".new")
-        descriptor = -1
+        ledger = None
         try:
-            descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            os.ftruncate(descriptor, SIZE)
-            ledger = cls(descriptor, 0)
+            ledger = cls(aside)
             ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode()))
             for one in series:
                 cell = ledger.bear(one.family, one.labels, created=one.created, values=one.values, used=one.used)
                 ledger.inherited[one.family][one.labels] = cell
             os.replace(aside, path)  # noqa: PTH105  # the tests stop at each call of os
         except (OSError, LedgerError) as error:
-            if descriptor >= 0:
-                os.close(descriptor)
+            if ledger:
+                ledger.close()
             discard(aside)
             discard(path)
             raise LedgerError(f"{path} cannot be written: {_reason(error)}; see CONSUL_PROM_DIR") from error
@@ -208,17 +211,19 @@ class Ledger:
         """Space is allocated before it is written to: a full disk is an error here, and a SIGBUS there."""
         if end > SIZE:
             raise LedgerError(f"it is full ({SIZE >> 20} MiB)")
-        if self._growing or time.monotonic() < self._retry_at:
+        if self._zeroing or time.monotonic() < self._retry_at:
             raise LedgerError("there was no space for it just now")
-        self._growing = True
+        start = self._allocated
         try:
-            _allocate(self._descriptor, self._allocated, end - self._allocated)
-            self._allocated = end
+            if not _allocate(self._descriptor, start, end - start):
+                self._zeroing = True  # a birth by a signal handler would be written over
+                _write_zeros(self._descriptor, start, end - start)
         except OSError as error:
             self._retry_at = time.monotonic() + RETRY
             raise LedgerError(_reason(error)) from error
         finally:
-            self._growing = False
+            self._zeroing = False
+        self._allocated = max(self._allocated, end)
 
 
 def read(path: Path) -> Contents | None:
@@ -336,16 +341,17 @@ def _records(data: mmap.mmap, offset: int) -> Iterator[tuple[int, bytes, tuple[f
         offset = end
 
 
-def _allocate(descriptor: int, start: int, length: int) -> None:
-    """Zeros are written where the system or the file system knows no other way."""
+def _allocate(descriptor: int, start: int, length: int) -> bool:
+    """False where the system or the file system knows no way; what is allocated twice is as it was."""
     try:
         os.posix_fallocate(descriptor, start, length)
     except AttributeError:
-        _write_zeros(descriptor, start, length)
+        return False
     except OSError as error:
         if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL}:
             raise
-        _write_zeros(descriptor, start, length)
+        return False
+    return True
 
 
 def _write_zeros(descriptor: int, start: int, length: int) -> None:

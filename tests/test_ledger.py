@@ -287,24 +287,33 @@ class TestSpace:
             count_many(book)
         assert len(take_over(path).inherited[HITS]) > 1000
 
-    def test_birth_within_growth(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A birth by a signal handler that interrupts growth is refused, and does no harm."""
+    @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+    def test_birth_within_growth(self, path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A birth by a signal handler that interrupts growth finds room, or is refused, and does no harm."""
+        if call == "pwrite":
+            monkeypatch.delattr(os, "posix_fallocate")
         book = take_over(path)
-        real, refused = os.posix_fallocate, []
+        real, inner, refused = getattr(os, call), iter(range(10_000)), []
 
-        def interrupted(*arguments: int) -> None:
+        def interrupted(*arguments: Any) -> Any:
+            monkeypatch.setattr(os, call, real)
             try:
-                for number in range(5000):
-                    count(book, HITS, f"/inner/{number}")
+                for _ in range(1000):
+                    count(book, HITS, f"/inner/{next(inner)}")
             except LedgerError as error:
                 refused.append(str(error))
-            real(*arguments)
+            monkeypatch.setattr(os, call, interrupted)
+            return real(*arguments)
 
-        monkeypatch.setattr(os, "posix_fallocate", interrupted)
+        monkeypatch.setattr(os, call, interrupted)
         for number in range(1500):
             count(book, HITS, f"/{number}")
-        assert refused
-        assert len([labels for labels in take_over(path).inherited[HITS] if "inner" not in labels[0]]) == 1500
+        born = next(inner)
+        monkeypatch.setattr(os, call, real)
+        found = take_over(path).inherited[HITS]
+        assert len([labels for labels in found if "inner" not in labels[0]]) == 1500
+        assert len(found) - 1500 == born - len(refused)
+        assert (call == "pwrite") == bool(refused)
 
 
 def _failing(number: int) -> Callable[..., None]:

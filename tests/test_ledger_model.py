@@ -41,6 +41,7 @@ class Worker:
     def open(self) -> None:
         book = Ledger.take_over(self._path, boot="b", instance=f"web-1:{self.slot}", now=self._now)
         self.continued = ContinuedRegistry(self.registry, book)
+        self.close = book.close  # as the kernel does of a killed one
 
     def seconds(self) -> Histogram:
         """A metric that is made on its first use, perhaps never."""
@@ -80,6 +81,7 @@ class Slots(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         self.now = 1_000_000.0
         self.live: dict[int, Worker] = {}
+        self.ended: list[Worker] = []
         self.shown: dict[int, dict[Key, float]] = {slot: {} for slot in SLOTS}
         self.used: dict[int, dict[Key, float]] = {slot: {} for slot in SLOTS}
         self.truth: dict[tuple[int, Key], float] = defaultdict(float)
@@ -87,6 +89,8 @@ class Slots(RuleBasedStateMachine):
         self.servers = [Prometheus(), Prometheus()]
 
     def teardown(self) -> None:
+        for worker in [*self.live.values(), *self.ended]:
+            worker.close()
         self.directory.cleanup()
 
     @initialize()
@@ -208,6 +212,7 @@ class Slots(RuleBasedStateMachine):
     def end(self, data: Any, *, clean: bool) -> None:
         worker = data.draw(st.sampled_from(self.workers()))
         del self.live[worker.slot]
+        self.ended.append(worker)
         if clean:
             worker.continued.close()
             assert samples(worker.registry).items() >= dict(worker.own).items()
