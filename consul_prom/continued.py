@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from typing import Any, Final
@@ -21,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
 from consul_prom.errors import LedgerError
-from consul_prom.ledger import CREATED, VALUES, Family, Labels, Ledger
+from consul_prom.ledger import CREATED, VALUES, Contents, Family, Labels, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -188,10 +189,7 @@ class ContinuedRegistry:
             return self._shadows[family]
 
     def _new_shadow(self, family: Family) -> Any:
-        options = {"buckets": family.bounds} if family.bounds else {}
-        metric = _KINDS[family.kind](
-            family.name, family.documentation, family.labelnames, unit=family.unit, registry=None, **options
-        )
+        metric = _metric(family)
         for labels, cell in self._ledger.inherited[family].items():
             child = metric.labels(*labels) if labels else metric
             move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=True)
@@ -322,6 +320,27 @@ class _Children(dict[Labels, Any]):
         child = super().pop(labels, *default)
         self._bound.gone(labels)
         return child
+
+
+def last_page(contents: Contents) -> CollectorRegistry:
+    """A registry that shows what a ledger held when it was read."""
+    registry = CollectorRegistry()
+    metrics: dict[Family, Any] = {}
+    for series in contents.series:
+        if series.family not in metrics:
+            metrics[series.family] = _metric(series.family, registry)
+        metric = metrics[series.family]
+        cells: Any = array("d", (series.created, *(0.0 for _ in series.values)))
+        move(metric.labels(*series.labels) if series.labels else metric, cells, 0, 1, newborn=True)
+        cells[1:] = array("d", series.values)
+    return registry
+
+
+def _metric(family: Family, registry: CollectorRegistry | None = None) -> Any:
+    options = {"buckets": family.bounds} if family.bounds else {}
+    return _KINDS[family.kind](
+        family.name, family.documentation, family.labelnames, unit=family.unit, registry=registry, **options
+    )
 
 
 def _names(family: Family) -> list[str]:

@@ -46,7 +46,13 @@ _TIMES: Final = struct.Struct("=dd")
 _ZEROS: Final = bytes(8)
 _BETWEEN: Final = b"\xff"  # in no UTF-8 text
 IN_USE: Final = math.inf
+NEVER: Final = math.inf
 USED, CREATED, VALUES = range(3)
+_PORT, _VACANT, _SCRAPED, _GAP = range(4)
+_STATE: Final = struct.Struct("=dddd")
+_CELL: Final = struct.Struct("=d")
+_BEGIN: Final = 4096
+"""Bytes in which the head stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,22 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class State:
+    """What stands beside a ledger's head, at *offset*, and changes in place.
+
+    The `port` of its worker's endpoint; since when there is no worker, `vacant` (0: it may live, `NEVER`: let it be);
+    when it was `scraped` at last, and the longest `gap` between two scrapes; times since 1970.
+    """
+
+    head: dict[str, Any]
+    offset: int
+    port: int = 0
+    vacant: float = 0.0
+    scraped: float = 0.0
+    gap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Contents:
     """A ledger as it was read; `torn` where the file ends in half a record."""
 
@@ -121,7 +143,7 @@ class Ledger:
         except OSError:
             self.close()
             raise
-        self._end = self._allocated = 0
+        self._end = self._allocated = self._state = 0
         self._zeroing = False
         self._retry_at = 0.0
         self._families: dict[Family, _Known] = {}
@@ -138,11 +160,14 @@ class Ledger:
         """
         head = {"boot": boot, "instance": instance}
         series = _wanted(_continued(path, head), time.time() if now is None else now)
+        before = peek(path)
         aside = path.with_name(path.name + ".new")
         ledger = None
         try:
             ledger = cls(aside)
-            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode()))
+            state = _STATE.pack(0, 0, before.scraped, before.gap) if before else _STATE.pack(0, 0, 0, 0)
+            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode(), state))
+            ledger._state = (ledger._end - _STATE.size) // 8
             for one in series:
                 cell = ledger.bear(one.family, one.labels, created=one.created, values=one.values, used=one.used)
                 ledger.inherited[one.family][one.labels] = cell
@@ -176,6 +201,17 @@ class Ledger:
     def drop(self, cell: int) -> None:
         """It will not be inherited."""
         self.cells[cell + USED] = 0.0
+
+    def serves(self, port: int) -> None:
+        """Note where the endpoint is: who serves the last page does it there, so that no scraper need look anew."""
+        self.cells[self._state + _PORT] = port
+
+    def scraped(self, now: float) -> None:
+        """Note a scrape."""
+        cells, state = self.cells, self._state
+        if last := cells[state + _SCRAPED]:
+            cells[state + _GAP] = max(cells[state + _GAP], now - last)
+        cells[state + _SCRAPED] = now
 
     def close(self) -> None:
         """Room is no longer to be had. The mapping stays for as long as somebody counts in it."""
@@ -235,6 +271,34 @@ def read(path: Path) -> Contents | None:
             return None
         with mmap.mmap(descriptor, 0, prot=mmap.PROT_READ) as data:
             return _parse(data) if data[: len(MAGIC)] == MAGIC else None
+    finally:
+        os.close(descriptor)
+
+
+def peek(path: Path) -> State | None:
+    """What stands beside the head of the ledger at *path*; None where there is none of our making."""
+    with suppress(OSError, ValueError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            begin = os.read(descriptor, _BEGIN)
+        finally:
+            os.close(descriptor)
+        if begin.startswith(MAGIC):
+            for kind, payload, cells, end in _records(begin, len(MAGIC)):
+                if kind == _HEAD and len(cells) == _STATE.size // 8:
+                    return State(json.loads(payload), end - _STATE.size, int(cells[0]), *cells[1:])
+                break
+    return None
+
+
+def vacate(path: Path, state: State, since: float) -> None:
+    """Note in a ledger, whose slot we hold, since when it has no worker.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.pwrite(descriptor, _CELL.pack(since), state.offset + 8 * _VACANT)
     finally:
         os.close(descriptor)
 
@@ -325,7 +389,7 @@ def _parse(data: mmap.mmap) -> Contents:
     return Contents(head, series, torn=any(data[offset : offset + _START.size]))
 
 
-def _records(data: mmap.mmap, offset: int) -> Iterator[tuple[int, bytes, tuple[float, ...], int]]:
+def _records(data: mmap.mmap | bytes, offset: int) -> Iterator[tuple[int, bytes, tuple[float, ...], int]]:
     """Kind, payload, cells and end of each record up to the first that is not whole."""
     head = _START.size + _SUMMED.size
     while offset + head <= len(data):

@@ -94,8 +94,12 @@ def build(
     pid: int,
     scheme: str = "http",
     health_path: str = HEALTH_PATH,
+    adopted: bool = False,
 ) -> Registration:
-    """The registration of the process *pid*, which serves *scheme* at *address* and *port*."""
+    """The registration of the process *pid*, which serves *scheme* at *address* and *port*.
+
+    *adopted*: whether it serves the last page of a slot that has no worker.
+    """
     instance = f"{settings.host}:{place(slot.number)}"
     ours = {
         **MARKER,
@@ -108,6 +112,7 @@ def build(
         "dir": f"{slot.directory_id}:{slot.directory}",
         "version": version,
         "scheme": scheme,
+        **({"adopted": "1"} if adopted else {}),
     }
     return Registration(
         id=entry_id(settings.service, settings.host, slot.number),

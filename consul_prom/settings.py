@@ -333,6 +333,13 @@ ROWS: Final = (
     Row("CONSUL_PROM_REQUIRED", "boolean", "false", "Start raises where it would log and go on.", parse_bool),
     Row("CONSUL_PROM_REQUEST_METRICS", "boolean", "true", "Count and time HTTP requests.", parse_bool),
     Row("CONSUL_PROM_LEDGER", "boolean", "true", "Counters outlive their process, in files in DIR.", parse_bool),
+    Row(
+        "CONSUL_PROM_RETAIN",
+        "duration",
+        "2m",
+        "How long a sibling serves the last page of a worker that nobody replaces; 0 = not at all.",
+        _at_least(0),
+    ),
     Row("CONSUL_PROM_DISABLED", "boolean", "false", "Switch everything off.", parse_bool),
     Row(
         "CONSUL_HTTP_ADDR",
@@ -376,6 +383,7 @@ class Arguments(TypedDict, total=False):
     required: str | bool
     request_metrics: str | bool
     ledger: str | bool
+    retain: str | float
     disabled: str | bool
     consul_http_addr: str
     consul_http_token: str
@@ -413,6 +421,7 @@ class Settings:
     required: bool
     request_metrics: bool
     ledger: bool
+    retain: float
     disabled: bool
     consul_http_addr: AgentAddress
     consul_http_token: Secret | None

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Unpack
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
 
 from consul_prom import __version__
+from consul_prom.adoption import Adoption
 from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry, watch
@@ -205,6 +206,7 @@ class _Life:
         self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
         self._first_slot = slot
+        self._ledger: Ledger | None = None
         self._continued = self._continue()
 
     @classmethod
@@ -235,7 +237,9 @@ class _Life:
         try:
             if settings.ledger and slot.boot:
                 ledger = Ledger.take_over(path, boot=slot.boot, instance=self.tenancy.instance)
-                return ContinuedRegistry(self._registry, ledger)
+                continued = ContinuedRegistry(self._registry, ledger)
+                self._ledger = ledger
+                return continued
         except LedgerError as error:
             log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
         except Exception:
@@ -290,7 +294,10 @@ class _Life:
             raise EndpointError("this host has no default route to tell its address by: set CONSUL_PROM_ADDRESS")
         self._address = address
         self._listener = listen(self.settings.bind or address, self.settings.port.candidates(self.tenancy.slot.number))
-        self.url = f"{origin(address, self._listener.getsockname()[1])}/metrics"
+        port = self._listener.getsockname()[1]
+        self.url = f"{origin(address, port)}/metrics"
+        if self._ledger:
+            self._ledger.serves(port)
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -301,7 +308,7 @@ class _Life:
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
             render = partial(_render, self._continued or self._registry)
-            self._endpoint = Endpoint(render=render, about=self._about, on_scrape=self._metrics.scraped)
+            self._endpoint = Endpoint(render=render, about=self._about, on_scrape=self._scraped)
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
             self._caring = asyncio.create_task(self._take_care(self._client))
@@ -320,6 +327,18 @@ class _Life:
         async def receive(slot: Slot) -> Guest:
             return await self._receive(client, slot, masters.registry())
 
+        async def adopt(slot: Slot, page: CollectorRegistry, port: int) -> Guest:
+            return await self._receive(client, slot, page, port=port, adopted=True)
+
+        adoption = Adoption(
+            settings.dir,
+            settings.service,
+            host=settings.host,
+            retain=settings.retain,
+            patience=0.8 * settings.stop_timeout,
+            serve=adopt,
+            complete=masters.complete,
+        )
         caretaker = Caretaker(
             client,
             directory=settings.dir,
@@ -327,6 +346,7 @@ class _Life:
             host=settings.host,
             masters=masters.living,
             receive=receive,
+            adoption=adoption if settings.ledger and settings.retain else None,
             patience=0.8 * settings.stop_timeout,
         )
         try:
@@ -334,13 +354,21 @@ class _Life:
         except Exception:
             log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
 
-    async def _receive(self, client: AgentClient, slot: Slot, registry: CollectorRegistry) -> Guest:
-        """A guest in *slot*, on a socket of its own."""
-        listener = listen(self.settings.bind or self._address, self.settings.port.candidates(slot.number))
-        wanted = self._registration(slot, listener)
+    async def _receive(
+        self, client: AgentClient, slot: Slot, registry: CollectorRegistry, *, port: int = 0, adopted: bool = False
+    ) -> Guest:
+        """A guest in *slot*, on a socket of its own: on *port*, if it is free."""
+        ports = [*([port] if port else []), *self.settings.port.candidates(slot.number)]
+        listener = listen(self.settings.bind or self._address, ports)
+        wanted = self._registration(slot, listener, adopted=adopted)
         guest = Guest(client, wanted, listener, render=partial(_render, registry), intact=lambda: slot.intact)
         await guest.start()
         return guest
+
+    def _scraped(self, seconds: float) -> None:
+        self._metrics.scraped(seconds)
+        if self._ledger:
+            self._ledger.scraped(time.time())
 
     async def leave(self, timeout: float) -> None:
         if self._task:
@@ -393,9 +421,16 @@ class _Life:
             discard(ledger_path(slot.directory, self.settings.service, slot.number))
         return self._registration(slot, self._listener)
 
-    def _registration(self, slot: Slot, listener: socket.socket) -> Registration:
-        port = listener.getsockname()[1]
-        return build(self.settings, slot=slot, address=self._address, port=port, version=__version__, pid=self._pid)
+    def _registration(self, slot: Slot, listener: socket.socket, *, adopted: bool = False) -> Registration:
+        return build(
+            self.settings,
+            slot=slot,
+            address=self._address,
+            port=listener.getsockname()[1],
+            version=__version__,
+            pid=self._pid,
+            adopted=adopted,
+        )
 
     def _registered(self, reason: str) -> None:
         self._metrics.registered(reason)

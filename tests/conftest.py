@@ -1,5 +1,6 @@
 """What all tests share: an environment without settings, a registry, a directory of slots, a maker of settings."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,8 @@ def _ledgers_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for ledger in list(made):
         ledger.close()
+    if made:
+        gc.collect()  # a mapping has a descriptor of its own
 
 
 @pytest.fixture

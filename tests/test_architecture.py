@@ -24,10 +24,11 @@ ROWS = {
     2: ["wire", "continued", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "tally"],
     3: ["client", "registrar", "caretaker", "undertaker"],
     4: ["guest"],
-    5: ["worker", "master", "discovery", "screen"],
-    6: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
-    7: ["cli"],
-    8: ["__init__", "__main__"],
+    5: ["adoption"],
+    6: ["worker", "master", "discovery", "screen"],
+    7: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
+    8: ["cli"],
+    9: ["__init__", "__main__"],
 }
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}
 COMMANDS = {"cli", "doctor", "top", "demo", "screen"}
