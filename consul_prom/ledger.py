@@ -144,6 +144,7 @@ class Ledger:
             self.close()
             raise
         self._end = self._allocated = self._state = 0
+        self._shown = 0
         self._zeroing = False
         self._retry_at = 0.0
         self._families: dict[Family, _Known] = {}
@@ -212,6 +213,16 @@ class Ledger:
         if last := cells[state + _SCRAPED]:
             cells[state + _GAP] = max(cells[state + _GAP], now - last)
         cells[state + _SCRAPED] = now
+        self._shown = self._digest()
+
+    @property
+    def unscraped(self) -> bool:
+        """Whether anything was counted since the last scrape was noted."""
+        return self._shown != self._digest()
+
+    def _digest(self) -> int:
+        """Of all that changes but for the notes beside the head."""
+        return zlib.crc32(self._bytes[8 * self._state + _STATE.size : self._end])
 
     def close(self) -> None:
         """Room is no longer to be had. The mapping stays for as long as somebody counts in it."""

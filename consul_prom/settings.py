@@ -340,6 +340,14 @@ ROWS: Final = (
         "How long a sibling serves the last page of a worker that nobody replaces; 0 = not at all.",
         _at_least(0),
     ),
+    Row(
+        "CONSUL_PROM_LINGER",
+        "duration",
+        "",
+        "How long a process that a signal ends may wait for one more scrape.",
+        _at_least(0),
+        shown="0, and 60s of running()",
+    ),
     Row("CONSUL_PROM_DISABLED", "boolean", "false", "Switch everything off.", parse_bool),
     Row(
         "CONSUL_HTTP_ADDR",
@@ -384,6 +392,7 @@ class Arguments(TypedDict, total=False):
     request_metrics: str | bool
     ledger: str | bool
     retain: str | float
+    linger: str | float
     disabled: str | bool
     consul_http_addr: str
     consul_http_token: str
@@ -422,6 +431,7 @@ class Settings:
     request_metrics: bool
     ledger: bool
     retain: float
+    linger: float | None
     disabled: bool
     consul_http_addr: AgentAddress
     consul_http_token: Secret | None

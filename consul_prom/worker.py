@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Final, Unpack
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
 
@@ -24,6 +24,7 @@ from consul_prom.errors import AgentError, ConsulPromError, EndpointError, Ledge
 from consul_prom.exposition import render
 from consul_prom.guest import Guest
 from consul_prom.ledger import Ledger, discard, ledger_path
+from consul_prom.linger import Signals, await_scrape
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
@@ -32,6 +33,8 @@ from consul_prom.tally import Masters
 from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
+
+JOB_LINGER: Final = 60.0
 
 
 class Worker:
@@ -75,6 +78,12 @@ class Worker:
     def nameless(self) -> bool:
         """Whether nothing else is wrong than that there is no service, as where the environment is all there is."""
         return bool(self._settings and not self._settings.service)
+
+    @property
+    def linger(self) -> float:
+        """Seconds that a job's end waits for a scrape."""
+        linger = self._settings.linger if self._settings else 0.0
+        return JOB_LINGER if linger is None else linger
 
     @property
     def slot(self) -> int | None:
@@ -124,18 +133,24 @@ class Worker:
             log.error("consul-prom is off: %s", error)
 
     async def leave(self) -> None:
-        """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`."""
-        if self._life and self._life.mine and not self._left:
+        """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`.
+
+        Where `stop` will linger, that is left to it.
+        """
+        if self._life and self._life.mine and not self._left and not self._life.lingers:
             self._left = True
             self._life.leavers += 1
             if self._life.leavers == self._life.users:
                 await self._life.leave_in_thread()
 
-    def stop(self, *, last: bool = False) -> None:
+    def stop(self, *, last: bool = False, linger: float | None = None) -> None:
         """Deregister, close and give the slot up; within STOP_TIMEOUT, or one log line says what is left over.
 
+        Before that it waits for a scrape, for *linger* seconds or, where a signal told the process to end, LINGER.
         *last*: the process ends, whoever else has not stopped.
         """
+        if self._life and self._life.mine and (last or self._life.users == 1):
+            self._life.linger(linger)
         life, self._life = self._life, None
         if life and life.mine:
             with _Life.sharing:
@@ -160,6 +175,8 @@ class Worker:
 def running(*, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Arguments]) -> Iterator[Worker]:
     """A worker for as long as the context lasts: for scripts, jobs, and servers that have no adapter of ours.
 
+    At its end it waits for one more scrape, LINGER at most: a job's last counts would be seen at its next run only.
+
     Raises:
         SettingsError: an argument is wrong.
         ConsulPromError: with REQUIRED, it could not start.
@@ -169,7 +186,7 @@ def running(*, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Argum
         worker.start()
         yield worker
     finally:
-        worker.stop()
+        worker.stop(linger=worker.linger)
 
 
 class _Life:
@@ -197,6 +214,7 @@ class _Life:
         self._endpoint: Endpoint | None = None
         self._ends_at: float | None = None
         self._probes: list[Future[Any]] = []
+        self._signals = Signals()
         slot = acquire(settings.dir, settings.service)
         try:
             self._metrics = _OwnMetrics(registry)
@@ -252,8 +270,33 @@ class _Life:
         """False in a child that the application forked: all of this is its parent's."""
         return self._pid == os.getpid()
 
+    @property
+    def lingers(self) -> bool:
+        """Whether a stop would wait for a scrape of itself."""
+        return self._signals.came and bool(self.settings.linger)
+
+    def linger(self, seconds: float | None) -> None:
+        """Stay as we are until a scrape has begun, for *seconds* or as `lingers` tells; nobody finds the unregistered.
+
+        Says what nobody has scraped.
+        """
+        seconds = (self.settings.linger if self.lingers else 0) if seconds is None else seconds
+        if seconds:
+            await_scrape(self._scraped_since, goes_on=lambda: self.tenancy.registered, timeout=seconds)
+        if self._ledger and self._ledger.unscraped:
+            log.info(
+                "%s has counted since its last scrape; that is in its ledger, and shown by the slot's next worker "
+                "(CONSUL_PROM_LINGER lets it wait for a scrape)",
+                self.tenancy.instance,
+            )
+
+    def _scraped_since(self, when: float) -> bool:
+        return bool(self._endpoint and self._endpoint.scraped_since(when))
+
     def start(self, loop: asyncio.AbstractEventLoop | None) -> None:
         if self.users == 1:
+            if self.settings.linger:
+                self._signals.watch()
             self.thread.start()
             if self.settings.address or self.settings.port.first:
                 self.listen(self.settings.address or route_address())
@@ -400,6 +443,7 @@ class _Life:
         if self._continued:
             self._continued.close()  # first: a metric that leaves the registry leaves the ledger too
         self._metrics.close()
+        self._signals.close()
         if self._listener:
             self._listener.close()
         self.url = None

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "consul_prom"
 # A module imports only from rows with a smaller number. Modules that are not written yet have their place too.
 ROWS = {
     0: ["errors"],
-    1: ["settings", "slots", "ledger", "cells", "webconfig", "devagent"],
+    1: ["settings", "slots", "ledger", "cells", "linger", "webconfig", "devagent"],
     2: ["wire", "continued", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "tally"],
     3: ["client", "registrar", "caretaker", "undertaker"],
     4: ["guest"],

@@ -53,6 +53,7 @@ GOOD: dict[str, tuple[str, Any, str, Any]] = {
     "request_metrics": ("false", False, "true", True),
     "ledger": ("false", False, "true", True),
     "retain": ("5m", 300.0, "0", 0.0),
+    "linger": ("5s", 5.0, "0", 0.0),
     "disabled": ("1", True, "0", False),
     "consul_http_addr": ("agent:1", AgentAddress(host="agent", port=1), "agent:2", AgentAddress(host="agent", port=2)),
     "consul_http_token": ("s3cret", "s3cret", "t4cret", "t4cret"),

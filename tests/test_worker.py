@@ -1,6 +1,8 @@
 """The worker as a whole: one process, its slot, its endpoint and its entry."""
 
 import asyncio
+import contextlib
+import http.client
 import importlib
 import logging
 import os
@@ -12,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -134,7 +137,7 @@ def test_running(agent: DevAgent, registry: CollectorRegistry, directory: Path) 
 
     def script() -> None:
         with consul_prom.running(
-            service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry
+            service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry, linger=0
         ) as worker:
             assert registered(worker).instance == "web-1:0"
             raise ZeroDivisionError
@@ -143,6 +146,101 @@ def test_running(agent: DevAgent, registry: CollectorRegistry, directory: Path) 
         script()
     assert not agent.state.services
     assert not list(registry.collect())
+
+
+class TestLinger:
+    """An end that waits for a scrape."""
+
+    @pytest.fixture
+    def hits(self, registry: CollectorRegistry) -> Counter:
+        return Counter("hits", "-", registry=registry)
+
+    @pytest.fixture(autouse=True)
+    def _lines(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+
+    def test_job(
+        self,
+        agent: DevAgent,
+        registry: CollectorRegistry,
+        directory: Path,
+        hits: Counter,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A job is a target until it has been scraped once more, by each server that keeps a connection."""
+        shown: list[str] = []
+
+        def scrape_twice(worker: Worker) -> None:
+            assert worker.url
+            with contextlib.closing(http.client.HTTPConnection(worker.url.split("/")[2])) as connection:
+                for _ in range(2):
+                    connection.request("GET", "/metrics")
+                    shown.append(connection.getresponse().read().decode())
+                    assert begin.wait(20)
+                    page(worker)  # somebody else's, who keeps no connection
+                    assert worker.registered
+
+        begin = threading.Event()
+        with (
+            ThreadPoolExecutor() as pool,
+            consul_prom.running(
+                service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry
+            ) as worker,
+        ):
+            registered(worker)
+            scraping = pool.submit(scrape_twice, worker)
+            wait_until(lambda: shown, within=10, what="a first scrape")
+            hits.inc()
+            threading.Timer(0.2, begin.set).start()
+        scraping.result(10)
+        assert ["hits_total 1.0" in text for text in shown] == [False, True]
+        assert not agent.state.services
+        assert "CONSUL_PROM_LINGER" not in caplog.text
+
+    def test_not_told_to(self, make: Make, hits: Counter, caplog: pytest.LogCaptureFixture) -> None:
+        """A worker that no signal ends does not wait; what nobody has scraped is said in one line, and saved."""
+        worker = make(address="127.0.0.1", linger=600)
+        worker.start()
+        registered(worker)
+        page(worker)
+        hits.inc(3)
+        worker.stop()
+        (line,) = [record.message for record in caplog.records if "CONSUL_PROM_LINGER" in record.message]
+        assert line.startswith("web-1:0 has counted since its last scrape; that is in its ledger")
+        registry = CollectorRegistry()
+        again = make(registry=registry, address="127.0.0.1")
+        again.start()
+        assert "hits_total 3.0" in page(again)
+
+    def test_signal(self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that a signal ends waits, on its own endpoint; with LINGER alone are the handlers touched."""
+        theirs = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            before = signal.getsignal(signal.SIGTERM)
+            make(registry=CollectorRegistry(), address="127.0.0.1").start()
+            assert signal.getsignal(signal.SIGTERM) is before
+            worker = make(address="127.0.0.1", linger=600)
+            worker.start()
+            registered(worker)
+            signal.raise_signal(signal.SIGTERM)
+            asyncio.run(worker.leave())
+            assert worker.registered
+            hits.inc()
+            seen: list[str] = []
+            timer = threading.Timer(0.1, lambda: seen.append(page(worker)))
+            timer.start()
+            worker.stop()
+            assert "hits_total 1.0" in seen[0]
+            assert signal.getsignal(signal.SIGTERM) is before
+        finally:
+            signal.signal(signal.SIGTERM, theirs)
+
+    def test_unregistered(self, agent: DevAgent, make: Make) -> None:
+        """Nobody comes to what is not registered, and so it waits for nobody."""
+        agent.fault = Fault(status=500)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        worker.stop(linger=600)
 
 
 def test_slots(agent: DevAgent, make: Make) -> None:
