@@ -173,14 +173,17 @@ class TestLinger:
         def scrape_twice(worker: Worker) -> None:
             assert worker.url
             with contextlib.closing(http.client.HTTPConnection(worker.url.split("/")[2])) as connection:
-                for _ in range(2):
-                    connection.request("GET", "/metrics")
-                    shown.append(connection.getresponse().read().decode())
-                    assert begin.wait(20)
-                    page(worker)  # somebody else's, who keeps no connection
-                    assert worker.registered
+                connection.request("GET", "/metrics")
+                shown.append(connection.getresponse().read().decode())
+                assert over.wait(20)
+                time.sleep(0.1)
+                page(worker)  # somebody else's, who keeps no connection
+                time.sleep(0.1)
+                assert worker.registered
+                connection.request("GET", "/metrics")
+                shown.append(connection.getresponse().read().decode())
 
-        begin = threading.Event()
+        over = threading.Event()
         with (
             ThreadPoolExecutor() as pool,
             consul_prom.running(
@@ -191,7 +194,7 @@ class TestLinger:
             scraping = pool.submit(scrape_twice, worker)
             wait_until(lambda: shown, within=10, what="a first scrape")
             hits.inc()
-            threading.Timer(0.2, begin.set).start()
+            over.set()
         scraping.result(10)
         assert ["hits_total 1.0" in text for text in shown] == [False, True]
         assert not agent.state.services
