@@ -166,8 +166,8 @@ class Ledger:
         ledger = None
         try:
             ledger = cls(aside)
-            state = _STATE.pack(0, 0, before.scraped, before.gap) if before else _STATE.pack(0, 0, 0, 0)
-            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode(), state))
+            state = (before.port, 0, before.scraped, before.gap) if before else (0, 0, 0, 0)
+            ledger._write(MAGIC + _record(_HEAD, json.dumps(head).encode(), _STATE.pack(*state)))
             ledger._state = (ledger._end - _STATE.size) // 8
             for one in series:
                 cell = ledger.bear(one.family, one.labels, created=one.created, values=one.values, used=one.used)
@@ -203,8 +203,13 @@ class Ledger:
         """It will not be inherited."""
         self.cells[cell + USED] = 0.0
 
-    def serves(self, port: int) -> None:
-        """Note where the endpoint is: who serves the last page does it there, so that no scraper need look anew."""
+    @property
+    def port(self) -> int:
+        """Where the slot is served, or was at last: who goes on there spares scrapers to look anew; 0 = nowhere yet."""
+        return int(self.cells[self._state + _PORT])
+
+    @port.setter
+    def port(self, port: int) -> None:
         self.cells[self._state + _PORT] = port
 
     def scraped(self, now: float) -> None:

@@ -336,11 +336,17 @@ class _Life:
         if address is None:
             raise EndpointError("this host has no default route to tell its address by: set CONSUL_PROM_ADDRESS")
         self._address = address
-        self._listener = listen(self.settings.bind or address, self.settings.port.candidates(self.tenancy.slot.number))
+        before = self._ledger.port if self._ledger else 0
+        self._listener = self._listen(address, self.tenancy.slot.number, before=before)
         port = self._listener.getsockname()[1]
         self.url = f"{origin(address, port)}/metrics"
         if self._ledger:
-            self._ledger.serves(port)
+            self._ledger.port = port
+
+    def _listen(self, address: str, slot: int, *, before: int) -> socket.socket:
+        """On a port for *slot*: on the one *before* where any will do, since scrapers know it."""
+        ports = self.settings.port.candidates(slot)
+        return listen(self.settings.bind or address, [before, *ports] if before and ports == [0] else ports)
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -400,9 +406,8 @@ class _Life:
     async def _receive(
         self, client: AgentClient, slot: Slot, registry: CollectorRegistry, *, port: int = 0, adopted: bool = False
     ) -> Guest:
-        """A guest in *slot*, on a socket of its own: on *port*, if it is free."""
-        ports = [*([port] if port else []), *self.settings.port.candidates(slot.number)]
-        listener = listen(self.settings.bind or self._address, ports)
+        """A guest in *slot*, on a socket of its own; *port* is where the slot was served before."""
+        listener = self._listen(self._address, slot.number, before=port)
         wanted = self._registration(slot, listener, adopted=adopted)
         guest = Guest(client, wanted, listener, render=partial(_render, registry), intact=lambda: slot.intact)
         await guest.start()

@@ -43,7 +43,7 @@ def live(directory: Path, count: int = 0, *, port: int = 0, boot: str = "") -> t
     continued = ContinuedRegistry(registry, ledger)
     hits.labels("/").inc(count)
     took.observe(1.5)
-    ledger.serves(port)
+    ledger.port = port
     continued.close()
     return slot, ledger
 
@@ -311,16 +311,18 @@ async def test_wiped(agent: DevAgent, caretaker: Caretaker, slot_directory: Path
 
 
 def test_state_of_a_ledger(slot_directory: Path) -> None:
-    """The longest gap between scrapes outlives its worker, as does the time of the last."""
+    """The longest gap between scrapes outlives its worker, as do the time of the last and the port."""
     slot, ledger = live(slot_directory, port=4711)
     for at in (100.0, 115.0, 145.0, 160.0):
         ledger.scraped(at)
+    slot.release()
+    slot, ledger = live(slot_directory, port=ledger.port)
     slot.release()
     path = ledger_path(slot_directory, "shop", 0)
     state = peek(path)
     assert state
     assert (state.port, state.vacant, state.scraped, state.gap) == (4711, 0, 160, 30)
-    lived(slot_directory, 0)
+    lived(slot_directory, 0, port=4712)
     state = peek(path)
     assert state
-    assert (state.port, state.scraped, state.gap) == (0, 160, 30)
+    assert (state.port, state.scraped, state.gap) == (4712, 160, 30)

@@ -804,6 +804,21 @@ class TestLedger:
         assert "consul_prom_scrapes_total 2.0" in shown
         assert more.labels("/late")._value.get() == 1
 
+    def test_port(self, make: Make) -> None:
+        """It serves on the port that scrapers know, where that is free, and where any port will do."""
+        worker = make(address="127.0.0.1")
+        worker.start()
+        url = worker.url
+        assert url
+        worker.stop()
+        again, _ = self.next_worker(make)
+        assert again.url == url
+        again.stop()
+        with socket.create_server(("127.0.0.1", int(url.split(":")[2].split("/")[0]))):
+            third, _ = self.next_worker(make)
+            assert third.url != url
+            third.stop()
+
     def test_killed(self, make: Make, directory: Path, hits: Counter) -> None:
         """So it does when the worker before was killed."""
         child = os.fork()
