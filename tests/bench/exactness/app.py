@@ -6,7 +6,6 @@ A request's number is marked in a shared file right after it was counted: what a
 import json
 import mmap
 import os
-import threading
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
@@ -80,23 +79,9 @@ async def get_application() -> web.Application:
 
 
 def sync(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-    """The same for Gunicorn's sync workers, in our way only."""
-    _started.wait()
+    """The same for Gunicorn's sync workers, which the hooks alone serve."""
     path = environ["PATH_INFO"]
     if path.startswith("/count/"):
         count(int(path.removeprefix("/count/")))
     start_response("200 OK", [("Content-Type", "text/plain")])
     return [b"counted"]
-
-
-_started = threading.Event()
-_worker = consul_prom.Worker(service="shop")
-
-
-def post_worker_init(_gunicorn_worker: object) -> None:
-    _worker.start()
-    _started.set()
-
-
-def worker_exit(_server: object, _gunicorn_worker: object) -> None:
-    _worker.stop()

@@ -1,21 +1,22 @@
 """How exactly each way counts, against the application's own truth: real Gunicorn, real Consul, two real Prometheus.
 
-    python -m tests.bench.exactness [requests] [scenario ...]
+    python -m tests.bench.exactness [--requests=3000] [--interval=1] [scenario or way ...]
 
 Counted are the raw samples of each series: its first value and its positive steps. Beside it, what `increase` and a
-plain sum say at the end, and what the ledgers hold.
+plain sum say at the end, by how much the plain sum ever fell, and what the ledgers hold.
 """
 
 import http.client
+import itertools
 import os
 import random
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -35,14 +36,19 @@ MOST: Final = 1_000_000
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens to the server while it is asked: *act* each *every* seconds."""
+    """What happens to the server while it is asked: each of *acts* in turn, *every* so many seconds.
+
+    *ends*: it is stopped for good afterwards. *settings* are consul-prom's.
+    """
 
     name: str
     every: float = 5.0
-    act: Callable[["Stage"], None] | None = None
+    acts: tuple[Callable[["Stage"], None], ...] = ()
     options: tuple[str, ...] = ()
     workers: int = 4
     sync: bool = False
+    ends: bool = False
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Result:
     observed: tuple[int, int]
     increase: float
     plain: float
+    fall: float
     saved: int
 
     @property
@@ -80,7 +87,9 @@ class Stage:
         self.truth = directory / "truth"
         self.truth.write_bytes(bytes(MOST))
         (directory / "multiprocess").mkdir()
+        self._pidfile = directory / "pid"
         environ = {
+            **self.scenario.settings,
             "CONSUL_HTTP_ADDR": self.consul.url,
             "CONSUL_PROM_ADDRESS": "127.0.0.1",
             "EXACTNESS_WAY": self.way,
@@ -89,18 +98,20 @@ class Stage:
         }
         if self.way == "multiprocess":
             environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory / "multiprocess")
-        app, options = "tests.bench.exactness.app:get_application", self.scenario.options
-        if self.scenario.sync:
-            app, options = "tests.bench.exactness.app:sync", (*options, "--config=python:tests.bench.exactness.app")
+        app, options = "sync" if self.scenario.sync else "get_application", self.scenario.options
+        if self.way == "ledger":
+            environ["CONSUL_PROM_SERVICE"] = "shop"
+            options = (*options, "--config=python:consul_prom.gunicorn")
         self.shop = enter(
             Gunicorn(
-                app,
+                f"tests.bench.exactness.app:{app}",
                 workers=self.scenario.workers,
                 worker_class="sync" if self.scenario.sync else "aiohttp.GunicornWebWorker",
                 settings=environ,
-                options=options,
+                options=(*options, f"--pid={self._pidfile}"),
             )
         )
+        self._stack.callback(self.end)
         self.servers = [enter(Prometheus(self._scrape(), interval=self._interval)) for _ in range(2)]
         return self
 
@@ -135,6 +146,33 @@ class Stage:
                     self._answers.append(1)
 
     @property
+    def master(self) -> int:
+        """The process id of Gunicorn's master, which an upgrade changes."""
+        return int(self._pidfile.read_text(encoding="ascii"))
+
+    def workers(self, master: int = 0) -> list[int]:
+        pid = master or self.master
+        return sorted(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()))
+
+    def upgrade(self) -> None:
+        """USR2 starts another master beside the first, QUIT ends that."""
+        old, another = self.master, self._pidfile.with_name("pid.2")
+        os.kill(old, signal.SIGUSR2)
+        wait_until(another.exists, within=30, what="another master")
+        new = int(another.read_text(encoding="ascii"))
+        wait_until(lambda: len(self.workers(new)) == self.scenario.workers, within=30, what="its workers")
+        time.sleep(2)  # they are up, as an operator would see to
+        os.kill(old, signal.SIGTERM)
+        wait_until(lambda: not lives(old), within=30, what="the old one's end")
+
+    def end(self) -> None:
+        """Stop the server for good, whichever master it has by now."""
+        with suppress(OSError, ValueError):
+            master = self.master
+            os.kill(master, signal.SIGTERM)
+            wait_until(lambda: not lives(master), within=40, what="its end")
+
+    @property
     def answered(self) -> int:
         return len(self._answers)
 
@@ -155,20 +193,21 @@ class Stage:
         )
 
 
-def run(scenario: Scenario, way: str, requests: int, *, interval: str = "1s") -> Result:
+def run(scenario: Scenario, way: str, requests: int, *, interval: int = 1) -> Result:
     """One way in one scenario, until so many requests were answered and every live worker was scraped since."""
-    with Stage(scenario, way, interval=interval) as stage:
+    with Stage(scenario, way, interval=f"{interval}s") as stage:
         wait_until(lambda: all(_up(server) for server in stage.servers), within=150, what="targets")
         begun = time.monotonic()
         with stage.asking():
-            act_at = begun + scenario.every
+            act_at, acts = begun + scenario.every, itertools.cycle(scenario.acts)
             while stage.answered < requests:
                 time.sleep(0.05)
-                if scenario.act and time.monotonic() > act_at:
-                    scenario.act(stage)
+                if scenario.acts and time.monotonic() > act_at:
+                    next(acts)(stage)
                     act_at += scenario.every
-        seconds = 3 * float(interval.rstrip("s"))
-        time.sleep(12 + seconds)  # a worker that has just begun is a target within 9 s, and then it is scraped
+        if scenario.ends:
+            stage.end()
+        time.sleep(12 + 3 * interval)  # a worker that has just begun is a target within 9 s, and then it is scraped
         window = f"[{int(time.monotonic() - begun + 60)}s]"
         return Result(
             truth=stage.counted_truth(),
@@ -177,6 +216,7 @@ def run(scenario: Scenario, way: str, requests: int, *, interval: str = "1s") ->
             observed=_both([_steps(server, f"took_seconds_count{window}") for server in stage.servers]),
             increase=stage.servers[0].query_value(f"sum(increase(hits_total{window}))") or 0.0,
             plain=stage.servers[0].query_value("sum(hits_total)") or 0.0,
+            fall=_fall(stage.servers[0], f"sum(hits_total){window[:-1]}:1s]"),
             saved=stage.saved() if way == "ledger" else 0,
         )
 
@@ -197,6 +237,16 @@ def _steps(server: Prometheus, selector: str) -> int:
     return int(total)
 
 
+def _fall(server: Prometheus, query: str) -> float:
+    """By how much the values of a range ever fell from the highest before."""
+    highest = fall = 0.0
+    for series in server.query(query):
+        for _, text in series["values"]:
+            highest = max(highest, float(text))
+            fall = max(fall, highest - float(text))
+    return fall
+
+
 def _both(numbers: Sequence[int]) -> tuple[int, int]:
     first, second = numbers
     return first, second
@@ -204,26 +254,26 @@ def _both(numbers: Sequence[int]) -> tuple[int, int]:
 
 def kill_worker(stage: Stage) -> None:
     with suppress(ProcessLookupError):
-        os.kill(stage.random.choice(sorted(stage.shop.workers())), signal.SIGKILL)
+        os.kill(stage.random.choice(stage.workers()), signal.SIGKILL)
 
 
 def reload(stage: Stage) -> None:
-    os.kill(stage.shop.pid, signal.SIGHUP)
+    os.kill(stage.master, signal.SIGHUP)
 
 
 def down_and_up(stage: Stage) -> None:
-    before = len(stage.shop.workers())
+    before = len(stage.workers())
     for _ in range(4):
-        os.kill(stage.shop.pid, signal.SIGTTOU if before > 4 else signal.SIGTTIN)
+        os.kill(stage.master, signal.SIGTTOU if before > 4 else signal.SIGTTIN)
         time.sleep(0.1)  # Gunicorn takes one at a time
 
 
 def kill_all(stage: Stage) -> None:
-    pids = [stage.shop.pid, *stage.shop.workers()]
+    pids = [stage.master, *stage.workers()]
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     stage.shop.kill()
-    wait_until(lambda: not any(map(_lives, pids)), within=10, what="their end")
+    wait_until(lambda: not any(map(lives, pids)), within=10, what="their end")
     stage.shop.start()
 
 
@@ -232,7 +282,7 @@ def restart(stage: Stage) -> None:
     stage.shop.start()
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     with suppress(OSError):
         return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
     return False
@@ -244,24 +294,28 @@ SCENARIOS: Final = (
     Scenario("recycling", options=RECYCLING),
     Scenario("sync, recycling", options=RECYCLING, sync=True),
     Scenario("short lives", options=("--max-requests=15",)),
-    Scenario("kill -9 / 5 s", act=kill_worker),
-    Scenario("kill -9 + recycling", act=kill_worker, options=RECYCLING),
-    Scenario("HUP / 10 s", every=10, act=reload),
-    Scenario("TTOU 8 to 4, back", every=9, act=down_and_up, workers=8),
-    Scenario("stop, start", every=12, act=restart),
-    Scenario("kill -9 of all", every=12, act=kill_all),
+    Scenario("kill -9", acts=(kill_worker,)),
+    Scenario("kill -9 + recycling", acts=(kill_worker,), options=RECYCLING),
+    Scenario("HUP", every=10, acts=(reload,)),
+    Scenario("USR2", every=15, acts=(Stage.upgrade,)),
+    Scenario("TTOU 8 to 4, back", every=9, acts=(down_and_up,), workers=8),
+    Scenario("stop, start", every=12, acts=(restart,)),
+    Scenario("kill -9 of all", every=12, acts=(kill_all,)),
+    Scenario("stop for good", ends=True),
+    Scenario("the same, LINGER=3s", ends=True, settings={"CONSUL_PROM_LINGER": "3s"}),
+    Scenario("kill, recycle, HUP", every=3, acts=(kill_worker, reload, kill_worker), options=RECYCLING),
 )
 
 
-def main(requests: int, names: Sequence[str]) -> None:
+def main(names: Sequence[str], *, requests: int, interval: int) -> None:
     """Print the table."""
     print(f"{'scenario':22}{'way':14}{'truth':>7}{'answered':>9}{'error A':>9}{'error B':>9}{'observed':>9}", end="")
-    print(f"{'increase':>10}{'sum':>9}{'ledgers':>9}")
-    for scenario in SCENARIOS:
-        for way in WAYS if not scenario.sync else WAYS[:1]:
-            if names and scenario.name not in names and way not in names:
-                continue
-            result = run(scenario, way, requests)
+    print(f"{'increase':>10}{'sum':>9}{'fall':>7}{'ledgers':>9}")
+    scenarios = [scenario for scenario in SCENARIOS if scenario.name in names] or SCENARIOS
+    ways = [way for way in WAYS if way in names] or WAYS
+    for scenario, way in itertools.product(scenarios, ways):
+        if way in {"ledger", *(() if scenario.sync else WAYS)}:  # the others' application is aiohttp's
+            result = run(scenario, way, requests, interval=interval)
             print(f"{scenario.name:22}{way:14}{result.truth:7}{result.answered:9}", end="")
             print(f"{result.errors[0]:9}{result.errors[1]:9}{result.observed[0] - result.truth:9}", end="")
-            print(f"{result.increase:10.0f}{result.plain:9.0f}{result.saved:9}", flush=True)
+            print(f"{result.increase:10.0f}{result.plain:9.0f}{result.fall:7.0f}{result.saved:9}", flush=True)
