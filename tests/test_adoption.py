@@ -295,10 +295,12 @@ async def test_refused(caretaker: Caretaker, slot_directory: Path, caplog: pytes
 
 
 async def test_wiped(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
-    """Where the lock file is replaced, the slot is another's: neither socket nor entry stays."""
+    """Where the lock file is replaced, the slot is another's: neither socket nor entry stays, the ledger is let be."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()
     await eventually(adopted(agent), within=10, what="adopted")
+    path = ledger_path(slot_directory, "shop", 0)
+    Ledger.take_over(path, boot="of another", instance="web-1:0")
     slots.path_of(slot_directory, "shop", 0).unlink()
     await eventually(lambda: not agent.state.services, within=10, what="gone")
 
@@ -308,6 +310,9 @@ async def test_wiped(agent: DevAgent, caretaker: Caretaker, slot_directory: Path
         return True
 
     await eventually(refused, within=10, what="closed")
+    state = peek(path)
+    assert state
+    assert state.vacant == 0
 
 
 def test_state_of_a_ledger(slot_directory: Path) -> None:

@@ -115,6 +115,17 @@ class TestTotals:
             assert worker.page()["hits_total /"] == worker.page()["seconds_sum /"] - generation == 2 * generation
             assert worker.own()["hits_total /"] == 2
 
+    def test_late_callers(self, path: Path) -> None:
+        """Who took hold of a value before the ledger was opened counts into it, in this generation and the next."""
+        use(Worker(path))
+        held: list[Any] = []
+        worker = Worker(path, lambda it: held.extend((it.all._value, it.hits.labels("/")._value)))
+        for value in held:
+            value.inc(5)
+            assert value.get() == 5
+        assert (worker.page()["all_total"], worker.page()["hits_total /"]) == (6, 7)
+        assert Worker(path).page()["hits_total /"] == 7
+
     def test_created_is_carried(self, path: Path) -> None:
         """A series keeps its time of creation, used or not, so that nobody takes it for a new one."""
         first = Worker(path)
