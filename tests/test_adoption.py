@@ -300,7 +300,9 @@ async def test_wiped(agent: DevAgent, caretaker: Caretaker, slot_directory: Path
     await caretaker.adoption.turn()
     await eventually(adopted(agent), within=10, what="adopted")
     path = ledger_path(slot_directory, "shop", 0)
-    Ledger.take_over(path, boot="of another", instance="web-1:0")
+    before = peek(path)
+    assert before
+    Ledger.take_over(path, **before.head)
     slots.path_of(slot_directory, "shop", 0).unlink()
     await eventually(lambda: not agent.state.services, within=10, what="gone")
 

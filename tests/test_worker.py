@@ -200,8 +200,11 @@ class TestLinger:
         assert not agent.state.services
         assert "CONSUL_PROM_LINGER" not in caplog.text
 
-    def test_not_told_to(self, make: Make, hits: Counter, caplog: pytest.LogCaptureFixture) -> None:
+    def test_not_told_to(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """A worker that no signal ends does not wait; what nobody has scraped is said in one line, and saved."""
+        monkeypatch.setattr("consul_prom.worker.await_scrape", lambda *_, **__: pytest.fail("it waits"))
         worker = make(address="127.0.0.1", linger=600)
         worker.start()
         registered(worker)
