@@ -365,7 +365,7 @@ def _wanted(series: list[Series], now: float) -> list[Series]:
     unused = sorted(one.used for one in series if one.used != IN_USE and one.used >= now - KEEP)
     oldest = unused[-MOST_UNUSED] if len(unused) >= MOST_UNUSED else now - KEEP
     return [
-        Series(one.family, one.labels, min(one.used, now), one.created, one.values)
+        one if one.used <= now else Series(one.family, one.labels, now, one.created, one.values)
         for one in series
         if one.used >= oldest
     ]
@@ -383,7 +383,7 @@ def _parse(data: mmap.mmap) -> Contents:
     head: dict[str, Any] = {}
     families: list[Family] = []
     helps: dict[Family, str] = {}
-    found: dict[tuple[Family, Labels], Series] = {}
+    found: dict[tuple[Family, Labels], tuple[float, ...]] = {}
     offset = len(MAGIC)
     for kind, payload, cells, end in _records(data, offset):
         offset = end
@@ -400,8 +400,12 @@ def _parse(data: mmap.mmap) -> Contents:
             texts = payload[_NUMBER.size :].split(_BETWEEN) if family.labelnames else ()
             labels = tuple([text.decode("utf-8", "surrogatepass") for text in texts])
             if cells[USED] > 0:  # what was removed and born again stands further on
-                found[family, labels] = Series(family, labels, cells[USED], cells[CREATED], cells[VALUES:])
-    series = [replace(one, family=replace(one.family, documentation=helps[one.family])) for one in found.values()]
+                found[family, labels] = cells
+    latest_of = {family: replace(family, documentation=text) for family, text in helps.items()}
+    series = [
+        Series(latest_of[family], labels, cells[USED], cells[CREATED], cells[VALUES:])
+        for (family, labels), cells in found.items()
+    ]
     return Contents(head, series, torn=any(data[offset : offset + _START.size]))
 
 
