@@ -24,7 +24,7 @@ from consul_prom.slots import Slot
 log = logging.getLogger(__name__)
 
 BOOTING: Final = 10.0
-"""Seconds in which a replacement may be on its way to a slot."""
+"""Seconds in which a replacement may be on its way to a slot; twice as long as a start takes, where that is more."""
 GLANCE: Final = 0.02
 GAPS: Final = 3
 LONGEST: Final = 600.0
@@ -50,9 +50,10 @@ class Adoption:
         patience: float,
         serve: Serve,
         complete: Callable[[int], bool],
+        slowest_start: float = 0.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """*patience*: seconds that a guest may take to leave."""
+        """*patience*: seconds that a guest may take to leave. *slowest_start*: that a worker has taken to come up."""
         self._directory = directory
         self._service = service
         self._host = host
@@ -60,6 +61,7 @@ class Adoption:
         self._patience = patience
         self._serve = serve
         self._complete = complete
+        self._booting = max(BOOTING, 2 * slowest_start)
         self._clock = clock
         self._vacant: dict[int, float] = {}
         self._adopted: dict[int, asyncio.Task[None]] = {}
@@ -73,7 +75,7 @@ class Adoption:
         complete = self._complete(found.inhabited)
         for number, since in self._vacant.items():
             state = peek(ledger_path(self._directory, self._service, number))
-            if state and state.vacant != NEVER and (complete or state.vacant or now - since >= BOOTING):
+            if state and state.vacant != NEVER and (complete or state.vacant or now - since >= self._booting):
                 await self._try_adopt(number)
 
     async def end(self) -> None:

@@ -313,6 +313,15 @@ def process_identity(pid: int, *, proc: Path = Path("/proc")) -> str | None:
     return None if state in "ZX" else f"{boot}.{namespace}.{numbers[18]}"
 
 
+def process_age(identity: str | None) -> float:
+    """Seconds since the process of *identity* began; 0 where the system does not tell."""
+    try:
+        ticks = int((identity or "").split(".")[2])
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (AttributeError, IndexError, ValueError, OSError):
+        return 0.0
+
+
 @cache
 def _boot(proc: Path) -> str:
     return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()

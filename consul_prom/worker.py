@@ -28,7 +28,7 @@ from consul_prom.linger import Signals, await_scrape
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
-from consul_prom.slots import Slot, acquire
+from consul_prom.slots import Slot, acquire, process_age, process_identity
 from consul_prom.tally import Masters
 from consul_prom.wire import deregister_now
 
@@ -215,6 +215,7 @@ class _Life:
         self._ends_at: float | None = None
         self._probes: list[Future[Any]] = []
         self._signals = Signals()
+        self._start_took = process_age(process_identity(self._pid))
         slot = acquire(settings.dir, settings.service)
         try:
             self._metrics = _OwnMetrics(registry)
@@ -387,6 +388,7 @@ class _Life:
             patience=0.8 * settings.stop_timeout,
             serve=adopt,
             complete=masters.complete,
+            slowest_start=self._start_took,
         )
         caretaker = Caretaker(
             client,

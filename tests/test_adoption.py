@@ -67,6 +67,7 @@ class Caretaker:
         self.client, self.settings, self.directory = client, settings(), directory
         self.now = 1_000_000.0
         self.complete = True
+        self.slowest_start = 0.0
         self.inhabited: list[int] = []
         self.ports: list[int] = []
         self.refusal: Exception | None = None
@@ -81,6 +82,7 @@ class Caretaker:
             patience=1,
             serve=self.serve,
             complete=self.is_complete,
+            slowest_start=self.slowest_start,
             clock=lambda: self.now,
         )
 
@@ -177,6 +179,20 @@ async def test_replacement_may_be_booting(caretaker: Caretaker, slot_directory: 
     await caretaker.adoption.turn()
     assert not caretaker.ports
     caretaker.now += 0.1
+    await caretaker.adoption.turn()
+    assert len(caretaker.ports) == 1
+
+
+async def test_slow_start(caretaker: Caretaker, slot_directory: Path) -> None:
+    """A replacement has twice the time that a start takes."""
+    lived(slot_directory, 5)
+    caretaker.complete, caretaker.slowest_start = False, 30.0
+    caretaker.adoption = caretaker.another()
+    await caretaker.adoption.turn()
+    caretaker.now += 59
+    await caretaker.adoption.turn()
+    assert not caretaker.ports
+    caretaker.now += 1
     await caretaker.adoption.turn()
     assert len(caretaker.ports) == 1
 

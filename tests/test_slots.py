@@ -553,6 +553,16 @@ class TestProcessIdentity:
         assert process_identity(os.getpid()) == mine
         assert mine.startswith(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
 
+    def test_age(self) -> None:
+        """An identity tells for how long its process has lived."""
+        with subprocess.Popen(["sleep", "60"]) as process:
+            identity = process_identity(process.pid)
+            before = slots.process_age(identity)
+            time.sleep(0.05)
+            assert before < slots.process_age(identity) < slots.process_age(process_identity(os.getpid()))
+            process.kill()
+        assert slots.process_age(None) == slots.process_age("a.b.c") == 0
+
     def test_of_two_processes(self) -> None:
         """Two processes of one boot differ in nothing but the start."""
         with _program("sys.stdin.readline()") as program:
