@@ -97,6 +97,13 @@ class GuestLike(Protocol):
     async def retire(self, timeout: float) -> bool: ...
 
 
+class AdoptionLike(Protocol):
+    """What the caretaker does for slots without a worker."""
+
+    async def turn(self) -> None: ...
+    async def end(self) -> None: ...
+
+
 class Caretaker:
     """Removes the entries that dead workers of a service and directory left. All of its workers have one; one works.
 
@@ -114,6 +121,7 @@ class Caretaker:
         host: str,
         masters: Callable[[], object] = lambda: None,
         receive: Callable[[slots.Slot], Awaitable[GuestLike]] | None = None,
+        adoption: AdoptionLike | None = None,
         patience: float = 1.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -124,6 +132,7 @@ class Caretaker:
         self._host = host
         self._masters = masters
         self._receive = receive
+        self._adoption = adoption
         self._patience = patience
         self._guest: GuestLike | None = None
         self._refused_at = -math.inf
@@ -137,11 +146,12 @@ class Caretaker:
                 try:
                     while slot.intact:
                         await self._tend(slot)
+                        if self._adoption:
+                            await self._adoption.turn()  # first: what is adopted need not be swept away
                         await self.sweep()
                         await self._sleep(ROUND)
                 finally:
-                    await self._dismiss(slot)
-                    slot.release()
+                    await self._leave(slot)
 
     async def sweep(self) -> None:
         """Look at each slot whose process seems to be gone, once: what is settled is noted in its lock file."""
@@ -178,6 +188,13 @@ class Caretaker:
             with suppress(AgentError):
                 await self._bury(entry_id(self._service, self._host, slot.number))
                 slot.settle()
+
+    async def _leave(self, slot: slots.Slot) -> None:
+        leaving = [self._dismiss(slot), *([self._adoption.end()] if self._adoption else [])]
+        try:
+            await asyncio.gather(*leaving)
+        finally:
+            slot.release()
 
     async def _dismiss(self, slot: slots.Slot) -> None:
         guest, self._guest = self._guest, None

@@ -8,18 +8,20 @@ import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, nullcontext, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
 from click.shell_completion import get_completion_class
 
-from consul_prom import __version__, caretaker, dashboard, rules, snippets
+from consul_prom import __version__, caretaker, dashboard, ledger, rules, snippets
 from consul_prom.caretaker import Entry, Outcome, Verdict
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentConfused, AgentTimeout, AgentUnreachable, ConsulPromError, SettingsError
+from consul_prom.ledger import Contents, Family, Series
 from consul_prom.registration import origin
 from consul_prom.screen import Screen
 from consul_prom.settings import ROWS, Row, Settings, load
@@ -114,9 +116,10 @@ def _option(row: Row) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
 
 @commands.command("list")
+@click.option("--ledger", "saved", is_flag=True, help="List what the ledgers of --dir hold instead; asks no agent.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_reads("service", "host")
-def list_(settings: Settings, *, as_json: bool) -> None:
+@_reads("service", "host", "dir")
+def list_(settings: Settings, *, saved: bool, as_json: bool) -> None:
     """List the workers that the agent knows, with their health and whether they live.
 
     The lock of its slot or its process tells whether a worker lives; both can be seen on its own host only.
@@ -125,6 +128,9 @@ def list_(settings: Settings, *, as_json: bool) -> None:
     Example:
       consul-prom list --json | jq -r '.[] | select(.status=="critical").id'
     """
+    if saved:
+        _list_saved(settings, as_json=as_json)
+        return
     found = _with_agent(settings, lambda agent: _look(agent, settings))
     facts = [{**_facts(entry, verdict), "status": status} for entry, verdict, status in found]
     if as_json:
@@ -138,6 +144,35 @@ def list_(settings: Settings, *, as_json: bool) -> None:
         Screen().table(columns, rows, numbers=("pid",))
     else:
         Screen().say(_nothing(settings))
+
+
+def _list_saved(settings: Settings, *, as_json: bool) -> None:
+    """A line for each metric of each ledger."""
+    columns = ("service", "slot", "instance", "metric", "type", "series", "unused", "total")
+    facts = [
+        dict(zip(columns, row, strict=True))
+        for path, contents in ledger.in_directory(settings.dir, settings.service)
+        for row in _saved(path, contents)
+    ]
+    if as_json:
+        _print_json(facts)
+    elif facts:
+        rows = [[str(fact[column]) for column in columns] for fact in facts]
+        Screen().table(columns, rows, numbers=("slot", "series", "unused", "total"))
+    else:
+        Screen().say(f"CONSUL_PROM_DIR={str(settings.dir)!r} has no ledger that we can read.")
+
+
+def _saved(path: Path, contents: Contents) -> Iterator[tuple[Any, ...]]:
+    service, slot, _ = path.name.rsplit(".", 2)
+    by_family: dict[Family, list[Series]] = {}
+    for one in contents.series:
+        by_family.setdefault(one.family, []).append(one)
+    for family, series in sorted(by_family.items(), key=lambda item: item[0].name):
+        unused = sum(one.used != ledger.IN_USE for one in series)
+        counted = sum(one.count for one in series)
+        instance = contents.head.get("instance", "?")
+        yield service, int(slot), instance, family.name, family.kind, len(series), unused, counted
 
 
 async def _look(agent: AgentClient, settings: Settings) -> list[tuple[Entry, Verdict, str]]:

@@ -159,12 +159,13 @@ class _Story:
         )
         now = self._discover()
         self._show(now)
-        if [target if target.instance != victim.instance else victim for target in now] != self._targets:
+        heir = victim._replace(pid=successor.pid, port=successor.port)
+        if now != [target if target != victim else heir for target in self._targets]:
             raise DemoError(f"That is not as it should be; before it was {self._targets}.")
         total = sum(target.requests for target in now)
         self._screen.say(
-            f"The {victim.requests} requests that it had counted died with it, so the plain sum is {total} now. "
-            "rate() and increase() see that the counter began anew, and go on."
+            f"The {victim.requests} requests that it had counted live on in its slot's ledger, a mapped file, and its "
+            f"successor goes on from there: the sum is still {total}."
         )
 
     def configure(self) -> None:

@@ -285,7 +285,16 @@ class Endpoint:
         self._door = Door(self._server, allow=allow, tls=web.tls if web else lambda: None)
         self._without_password = ""
         self._broken_at: float | None = None
+        self._scrapers: dict[asyncio.Transport, float] = {}
         self.last_scrape: float | None = None
+
+    def scraped_since(self, when: float) -> bool:
+        """Whether a scrape has begun since then, by each that keeps a connection to scrape us over, as Prometheus does.
+
+        Of a pair of servers behind one address a connection is all that tells them apart.
+        """
+        open_ones = [begun for connection, begun in self._scrapers.items() if not connection.is_closing()]
+        return (self.last_scrape or 0.0) >= when and all(begun >= when for begun in open_ones)
 
     async def serve(self, server: socket.socket) -> None:
         self._door.open(server)
@@ -326,6 +335,7 @@ class Endpoint:
 
     def _scrape(self, request: BaseRequest) -> Response:
         self.last_scrape, begun = time.time(), time.perf_counter()
+        self._note_scraper(request.transport)
         accept, coding = request.headers.get("Accept", ""), request.headers.get("Accept-Encoding", "")
         try:
             with FORKING:
@@ -338,6 +348,13 @@ class Endpoint:
             log.info("the metrics can be rendered again")
         self._broken_at = None
         return Response(body=body, headers=headers)
+
+    def _note_scraper(self, connection: asyncio.Transport | None) -> None:
+        """In a new dictionary, since another thread may read the old one."""
+        known = {one: begun for one, begun in self._scrapers.items() if not one.is_closing()}
+        if connection and self.last_scrape:
+            known[connection] = self.last_scrape
+        self._scrapers = known
 
     def _failed(self, error: BaseException) -> Response:
         now = time.monotonic()

@@ -3,6 +3,7 @@
 ConsulPromError
 ├── SettingsError            a setting is missing or wrong; names the setting and the value
 ├── SlotError                the directory or a lock cannot be used
+├── LedgerError              the counters cannot be kept in a file, and live in memory
 ├── EndpointError            the metrics server cannot start or stop
 └── AgentError               the Consul agent did not do what was asked
     ├── AgentUnreachable     no connection: refused, no such host, TLS, reset
@@ -31,6 +32,10 @@ class SettingsError(ConsulPromError, ValueError):
 
 
 class SlotError(ConsulPromError):
+    pass
+
+
+class LedgerError(ConsulPromError):
     pass
 
 

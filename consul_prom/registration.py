@@ -102,10 +102,12 @@ def build(
     scheme: str = "http",
     health_path: str = HEALTH_PATH,
     tcp_check: bool = False,
+    adopted: bool = False,
 ) -> Registration:
     """The registration of the process *pid*, which serves *scheme* at *address* and *port*.
 
-    *tcp_check*: where clients need a certificate, the agent can do no more than connect.
+    *tcp_check*: where clients need a certificate, the agent can do no more than connect. *adopted*: whether it serves
+    the last page of a slot that has no worker.
     """
     instance = f"{settings.host}:{place(slot.number)}"
     ours = {
@@ -119,6 +121,7 @@ def build(
         "dir": f"{slot.directory_id}:{slot.directory}",
         "version": version,
         "scheme": scheme,
+        **({"adopted": "1"} if adopted else {}),
     }
     return Registration(
         id=entry_id(settings.service, settings.host, slot.number),

@@ -325,7 +325,7 @@ ROWS: Final = (
         "CONSUL_PROM_DIR",
         "path",
         "",
-        "The directory of the slots.",
+        "The directory of the slots and ledgers.",
         _directory,
         shown="/run/consul-prom for root, else /var/tmp/consul-prom-<uid>",
     ),
@@ -358,6 +358,22 @@ ROWS: Final = (
         shown="all",
     ),
     Row("CONSUL_PROM_REQUEST_METRICS", "boolean", "true", "Count and time HTTP requests.", parse_bool),
+    Row("CONSUL_PROM_LEDGER", "boolean", "true", "Counters outlive their process, in files in DIR.", parse_bool),
+    Row(
+        "CONSUL_PROM_RETAIN",
+        "duration",
+        "2m",
+        "How long a sibling serves the last page of a worker that nobody replaces; 0 = not at all.",
+        _at_least(0),
+    ),
+    Row(
+        "CONSUL_PROM_LINGER",
+        "duration",
+        "",
+        "How long a process that a signal ends may wait for one more scrape.",
+        _at_least(0),
+        shown="0, and 60s of running()",
+    ),
     Row("CONSUL_PROM_DISABLED", "boolean", "false", "Switch everything off.", parse_bool),
     Row(
         "CONSUL_HTTP_ADDR",
@@ -402,6 +418,9 @@ class Arguments(TypedDict, total=False):
     web_config: str
     allow: str | Iterable[str]
     request_metrics: str | bool
+    ledger: str | bool
+    retain: str | float
+    linger: str | float
     disabled: str | bool
     consul_http_addr: str
     consul_http_token: str
@@ -440,6 +459,9 @@ class Settings:
     web_config: str | None
     allow: tuple[Network, ...]
     request_metrics: bool
+    ledger: bool
+    retain: float
+    linger: float | None
     disabled: bool
     consul_http_addr: AgentAddress
     consul_http_token: Secret | None

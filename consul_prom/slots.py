@@ -26,6 +26,7 @@ MASTER: Final = -1
 MOST_SLOTS: Final = 4096
 PATIENCE: Final = 0.1
 TOUCH: Final = 3600.0
+_ADOPTED, _WANTED = "adopted", "wanted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,20 @@ class Slot:
     def occupy(self, hosts: Sequence[str] = ()) -> None:
         """Note who holds the slot, and at which addresses the agent is, for those who find it abandoned."""
         _note(self.lock, " ".join((str(os.getpid()), str(process_identity(os.getpid())), *hosts)))
+
+    def adopt(self) -> None:
+        """Note that no worker lives in the slot: we only keep it until one asks for it, which `wanted` tells."""
+        self.occupy([_ADOPTED])
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a newborn asks for the slot that we have adopted."""
+        note = _read(Path(self.lock.lock_file))
+        return bool(note and note.wanted)
+
+    def abandon(self) -> None:
+        """Note that the slot may have an entry, and that nobody is behind it."""
+        _note(self.lock, f"0 {process_identity(os.getpid())}")
 
     @property
     def note(self) -> "Note | None":
@@ -61,6 +76,11 @@ class Slot:
             return False
         return (held.st_dev, held.st_ino) == (seen.st_dev, seen.st_ino)
 
+    @property
+    def boot(self) -> str:
+        """Which boot of the system this is; empty where the system does not tell."""
+        return (process_identity(os.getpid()) or "").partition(".")[0]
+
     def settle(self) -> None:
         """Note that the slot has no entry any more, so that nobody need look for one when our process is gone."""
         _note(self.lock, "")
@@ -78,9 +98,9 @@ def acquire(directory: Path, service: str, *, prefer: int = 0) -> Slot:
         SlotError: the directory cannot be used; the message names CONSUL_PROM_DIR and says why.
     """
     try:
-        identity = prepare(directory)
+        identity, noted_by = prepare(directory), time.monotonic() + PATIENCE
         for number in (prefer, *range(MOST_SLOTS)):
-            lock = _try_patiently(directory, service, number)
+            lock = _try_patiently(directory, service, number, noted_by=noted_by)
             if lock is not None:
                 slot = Slot(number, directory, identity, lock)
                 slot.occupy()
@@ -146,6 +166,26 @@ def remains(directory: Path, service: str = "*") -> list[Remains]:
     return found
 
 
+class Survey(NamedTuple):
+    """How many slots of a service have a worker, as their lock files say, and the numbers of those that have none."""
+
+    inhabited: int
+    vacant: list[int]
+
+
+def survey(directory: Path, service: str) -> Survey:
+    """Takes no lock, and is no proof."""
+    inhabited, vacant = 0, []
+    for path in directory.glob(f"{service}.*.lock"):
+        number, note = path.name.split(".")[1], _read(path)
+        if number.isdecimal():
+            if note and note.lives:
+                inhabited += 1
+            else:
+                vacant.append(int(number))
+    return Survey(inhabited, sorted(vacant))
+
+
 def abandoned(directory: Path, service: str) -> list[int]:
     """The numbers of a service's slots that may have entries of the dead."""
     return sorted(it.number for it in remains(directory, service) if it.number != MASTER)
@@ -167,15 +207,28 @@ def _try(path: Path) -> FileLock | None:
     return lock
 
 
-def _try_patiently(directory: Path, service: str, number: int) -> FileLock | None:
-    """Whoever holds the lock of a dead process' slot only sweeps up, and gives it back at once."""
-    ends_at = time.monotonic() + PATIENCE
+def _try_patiently(directory: Path, service: str, number: int, *, noted_by: float) -> FileLock | None:
+    """Who holds the lock of a slot without a worker sweeps up, or has adopted it, and gives it up at once if asked.
+
+    Until *noted_by* one that says nothing of its holder may be such a slot too.
+    """
+    path, ends_at = path_of(directory, service, number), time.monotonic() + PATIENCE
     while (lock := try_lock(directory, service, number)) is None:
-        note = _read(path_of(directory, service, number))
-        if time.monotonic() > ends_at or not (note and note.is_dead):
+        note, now = _read(path), time.monotonic()
+        if now > ends_at or (note.lives if note else now > noted_by):
             return None
+        if note and note.adopted and not note.wanted:
+            _ask_for(path)
         time.sleep(0.005)
     return lock
+
+
+def _ask_for(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, f" {_WANTED}".encode())
+    finally:
+        os.close(descriptor)
 
 
 def _note(lock: FileLock, text: str) -> None:
@@ -190,7 +243,24 @@ class Note(NamedTuple):
 
     pid: int
     identity: str
-    hosts: tuple[str, ...]
+    words: tuple[str, ...]
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return tuple(word for word in self.words if word not in {_ADOPTED, _WANTED})
+
+    @property
+    def adopted(self) -> bool:
+        return _ADOPTED in self.words
+
+    @property
+    def wanted(self) -> bool:
+        return self.adopted and _WANTED in self.words
+
+    @property
+    def lives(self) -> bool:
+        """Whether a worker lives in the slot."""
+        return not self.adopted and not self.is_dead
 
     @property
     def is_dead(self) -> bool:
@@ -200,8 +270,8 @@ class Note(NamedTuple):
 
 def _read(path: Path) -> Note | None:
     try:
-        pid, identity, *hosts = path.read_text(encoding="ascii").split()
-        return Note(int(pid), identity, tuple(hosts))
+        pid, identity, *words = path.read_text(encoding="ascii").split()
+        return Note(int(pid), identity, tuple(words))
     except (OSError, ValueError):
         return None
 
@@ -238,6 +308,15 @@ def process_identity(pid: int, *, proc: Path = Path("/proc")) -> str | None:
         return None
     state, *numbers = status.rpartition(")")[2].split()  # the name before it may hold anything
     return None if state in "ZX" else f"{boot}.{namespace}.{numbers[18]}"
+
+
+def process_age(identity: str | None) -> float:
+    """Seconds since the process of *identity* began; 0 where the system does not tell."""
+    try:
+        ticks = int((identity or "").split(".")[2])
+        return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
+    except (AttributeError, IndexError, ValueError, OSError):
+        return 0.0
 
 
 @cache

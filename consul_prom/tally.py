@@ -131,6 +131,12 @@ class Masters:
         found = {number: _tally(path) for number, path in sorted(paths.items()) if number.isdecimal()}
         return {number: tally for number, tally in found.items() if tally}
 
+    def complete(self, workers: int) -> bool:
+        """Whether the masters, of which there are some, have all the workers they want, and *workers* are no fewer."""
+        tallies = self.living().values()
+        alive, wanted = (sum(tally[key] for tally in tallies) for key in ("alive", "wanted"))
+        return bool(tallies) and wanted <= alive <= workers
+
     def collect(self) -> Iterator[Metric]:
         wanted = GaugeMetricFamily("gunicorn_workers_wanted", "Workers that the master shall have.", labels=["master"])
         alive = GaugeMetricFamily("gunicorn_workers", "Workers that the master has.", labels=["master"])

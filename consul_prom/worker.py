@@ -1,4 +1,4 @@
-"""Composition root: slot → endpoint → registration → registrar, and back. Every adapter starts and stops a Worker."""
+"""Composition root: slot → ledger → endpoint → registration → registrar, and back. Adapters start and stop it."""
 
 import asyncio
 import logging
@@ -10,27 +10,33 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Final, Unpack
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
 
 from consul_prom import __version__, farewell
+from consul_prom.adoption import Adoption
 from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient
+from consul_prom.continued import ContinuedRegistry, watch
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
-from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
+from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError, SettingsError
 from consul_prom.exposition import render
 from consul_prom.guest import Guest
+from consul_prom.ledger import Ledger, discard, ledger_path
+from consul_prom.linger import Signals, await_scrape
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
-from consul_prom.slots import Slot, acquire
+from consul_prom.slots import Slot, acquire, process_age, process_identity
 from consul_prom.tally import Masters
 from consul_prom.vigil import Vigil
 from consul_prom.webconfig import WebConfig
 from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
+
+JOB_LINGER: Final = 60.0
 
 
 class Worker:
@@ -55,6 +61,8 @@ class Worker:
         self._left = False
         try:
             self._settings = load(arguments)
+            if self._settings.ledger and not self._disabled:
+                watch(registry)
         except SettingsError as error:
             if error.from_code:
                 raise
@@ -72,6 +80,12 @@ class Worker:
     def nameless(self) -> bool:
         """Whether nothing else is wrong than that there is no service, as where the environment is all there is."""
         return bool(self._settings and not self._settings.service)
+
+    @property
+    def linger(self) -> float:
+        """Seconds that a job's end waits for a scrape."""
+        linger = self._settings.linger if self._settings else 0.0
+        return JOB_LINGER if linger is None else linger
 
     @property
     def slot(self) -> int | None:
@@ -106,10 +120,10 @@ class Worker:
                 raise self._misset
             assert self._settings  # noqa: S101  # one of the two is there
             check_worker(self._settings)
+            farewell.expect(self.stop)  # first: who lingers must see its handler
             with _Life.sharing:
                 self._life = _Life.shared(self._settings, self._registry)
                 self._life.start(loop)
-                farewell.expect(self.stop)
                 if not keeps:
                     self._left = True
                     self._life.leavers += 1
@@ -122,18 +136,24 @@ class Worker:
             log.error("consul-prom is off: %s", error)
 
     async def leave(self) -> None:
-        """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`."""
-        if self._life and self._life.mine and not self._left:
+        """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`.
+
+        Where `stop` will linger, that is left to it.
+        """
+        if self._life and self._life.mine and not self._left and not self._life.lingers:
             self._left = True
             self._life.leavers += 1
             if self._life.leavers == self._life.users:
                 await self._life.leave_in_thread()
 
-    def stop(self, *, last: bool = False) -> None:
+    def stop(self, *, last: bool = False, linger: float | None = None) -> None:
         """Deregister, close and give the slot up; within STOP_TIMEOUT, or one log line says what is left over.
 
+        Before that it waits for a scrape, for *linger* seconds or, where a signal told the process to end, LINGER.
         *last*: the process ends, whoever else has not stopped.
         """
+        if self._life and self._life.mine and (last or self._life.users == 1):
+            self._life.linger(linger)
         with farewell.said(self.stop):
             life, self._life = self._life, None
             if life and life.mine:
@@ -159,6 +179,8 @@ class Worker:
 def running(*, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Arguments]) -> Iterator[Worker]:
     """A worker for as long as the context lasts: for scripts, jobs, and servers that have no adapter of ours.
 
+    At its end it waits for one more scrape, LINGER at most: a job's last counts would be seen at its next run only.
+
     Raises:
         SettingsError: an argument is wrong.
         ConsulPromError: with REQUIRED, it could not start.
@@ -168,7 +190,7 @@ def running(*, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Argum
         worker.start()
         yield worker
     finally:
-        worker.stop()
+        worker.stop(linger=worker.linger)
 
 
 class _Life:
@@ -197,6 +219,8 @@ class _Life:
         self._ends_at: float | None = None
         self._probes: list[Future[Any]] = []
         self._web = WebConfig(settings.web_config) if settings.web_config else None
+        self._signals = Signals()
+        self._start_took = process_age(process_identity(self._pid))
         slot = acquire(settings.dir, settings.service)
         try:
             self._metrics = _OwnMetrics(registry)
@@ -205,6 +229,9 @@ class _Life:
             raise EndpointError(f"the application has metrics of our names: {error}") from error
         self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
+        self._first_slot = slot
+        self._ledger: Ledger | None = None
+        self._continued = self._continue()
 
     @classmethod
     def shared(cls, settings: Settings, registry: CollectorRegistry) -> "_Life":
@@ -227,13 +254,55 @@ class _Life:
         """In a child: our metrics, copied with all of the parent, make room for the child's own."""
         self._metrics.close()
 
+    def _continue(self) -> ContinuedRegistry | None:
+        """The registry with the counters of the slot's workers before us; None where its values stay in memory."""
+        slot, settings = self.tenancy.slot, self.settings
+        path = ledger_path(slot.directory, settings.service, slot.number)
+        try:
+            if settings.ledger and slot.boot:
+                ledger = Ledger.take_over(path, boot=slot.boot, instance=self.tenancy.instance)
+                continued = ContinuedRegistry(self._registry, ledger)
+                self._ledger = ledger
+                return continued
+        except LedgerError as error:
+            log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
+        except Exception:
+            log.exception("the counters of %s live in memory: an error not expected", self.tenancy.instance)
+        discard(path)  # or a later worker would continue it from below what we show
+        return None
+
     @property
     def mine(self) -> bool:
         """False in a child that the application forked: all of this is its parent's."""
         return self._pid == os.getpid()
 
+    @property
+    def lingers(self) -> bool:
+        """Whether a stop would wait for a scrape of itself."""
+        return self._signals.came and bool(self.settings.linger)
+
+    def linger(self, seconds: float | None) -> None:
+        """Stay as we are until a scrape has begun, for *seconds* or as `lingers` tells; nobody finds the unregistered.
+
+        Says what nobody has scraped.
+        """
+        seconds = (self.settings.linger if self.lingers else 0) if seconds is None else seconds
+        if seconds:
+            await_scrape(self._scraped_since, goes_on=lambda: self.tenancy.registered, timeout=seconds)
+        if self._ledger and self._ledger.unscraped:
+            log.info(
+                "%s has counted since its last scrape; that is in its ledger, and shown by the slot's next worker "
+                "(CONSUL_PROM_LINGER lets it wait for a scrape)",
+                self.tenancy.instance,
+            )
+
+    def _scraped_since(self, when: float) -> bool:
+        return bool(self._endpoint and self._endpoint.scraped_since(when))
+
     def start(self, loop: asyncio.AbstractEventLoop | None) -> None:
         if self.users == 1:
+            if self.settings.linger:
+                self._signals.watch()
             self.thread.start()
             if self.settings.address or self.settings.port.first:
                 self.listen(self.settings.address or route_address())
@@ -273,12 +342,21 @@ class _Life:
         if address is None:
             raise EndpointError("this host has no default route to tell its address by: set CONSUL_PROM_ADDRESS")
         self._address = address
-        self._listener = listen(self.settings.bind or address, self.settings.port.candidates(self.tenancy.slot.number))
-        self.url = f"{origin(address, self._listener.getsockname()[1], scheme=self._scheme)}/metrics"
+        before = self._ledger.port if self._ledger else 0
+        self._listener = self._listen(address, self.tenancy.slot.number, before=before)
+        port = self._listener.getsockname()[1]
+        self.url = f"{origin(address, port, scheme=self._scheme)}/metrics"
+        if self._ledger:
+            self._ledger.port = port
 
     @property
     def _scheme(self) -> str:
         return self._web.scheme if self._web else "http"
+
+    def _listen(self, address: str, slot: int, *, before: int) -> socket.socket:
+        """On a port for *slot*: on the one *before* where any will do, since scrapers know it."""
+        ports = self.settings.port.candidates(slot)
+        return listen(self.settings.bind or address, [before, *ports] if before and ports == [0] else ports)
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -289,9 +367,9 @@ class _Life:
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
             self._endpoint = Endpoint(
-                render=partial(_render, self._registry),
+                render=partial(_render, self._continued or self._registry),
                 about=self._about,
-                on_scrape=self._metrics.scraped,
+                on_scrape=self._scraped,
                 allow=self.settings.allow,
                 web=self._web,
             )
@@ -317,6 +395,19 @@ class _Life:
         async def receive(slot: Slot) -> Guest:
             return await self._receive(client, slot, masters.registry())
 
+        async def adopt(slot: Slot, page: CollectorRegistry, port: int) -> Guest:
+            return await self._receive(client, slot, page, port=port, adopted=True)
+
+        adoption = Adoption(
+            settings.dir,
+            settings.service,
+            host=settings.host,
+            retain=settings.retain,
+            patience=0.8 * settings.stop_timeout,
+            serve=adopt,
+            complete=masters.complete,
+            slowest_start=self._start_took,
+        )
         caretaker = Caretaker(
             client,
             directory=settings.dir,
@@ -324,6 +415,7 @@ class _Life:
             host=settings.host,
             masters=masters.living,
             receive=receive,
+            adoption=adoption if settings.ledger and settings.retain else None,
             patience=0.8 * settings.stop_timeout,
         )
         try:
@@ -331,13 +423,14 @@ class _Life:
         except Exception:
             log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
 
-    async def _receive(self, client: AgentClient, slot: Slot, registry: CollectorRegistry) -> Guest:
-        """A guest in *slot*, on a socket of its own."""
-        listener = listen(self.settings.bind or self._address, self.settings.port.candidates(slot.number))
-        wanted = self._registration(slot, listener)
+    async def _receive(
+        self, client: AgentClient, slot: Slot, registry: CollectorRegistry, *, port: int = 0, adopted: bool = False
+    ) -> Guest:
+        """A guest in *slot*, on a socket of its own; *port* is where the slot was served before."""
+        listener = self._listen(self._address, slot.number, before=port)
         guest = Guest(
             client,
-            wanted,
+            self._registration(slot, listener, adopted=adopted),
             listener,
             render=partial(_render, registry),
             intact=lambda: slot.intact,
@@ -346,6 +439,11 @@ class _Life:
         )
         await guest.start()
         return guest
+
+    def _scraped(self, seconds: float) -> None:
+        self._metrics.scraped(seconds)
+        if self._ledger:
+            self._ledger.scraped(time.time())
 
     async def _vigil(self, endpoint: Endpoint) -> None:
         def cause() -> str:
@@ -391,7 +489,10 @@ class _Life:
 
     def dispose(self) -> None:
         """What needs no event loop: registry, socket and slot are as before the start."""
+        if self._continued:
+            self._continued.close()  # first: a metric that leaves the registry leaves the ledger too
         self._metrics.close()
+        self._signals.close()
         if self._listener:
             self._listener.close()
         self.url = None
@@ -409,9 +510,11 @@ class _Life:
     def _describe(self, slot: Slot) -> Registration:
         assert self._listener  # noqa: S101  # `run` has it
         self._metrics.tell(host=self.settings.host, slot=slot.number)
+        if slot is not self._first_slot:  # the directory was wiped, and our ledger with it; we count on in its memory
+            discard(ledger_path(slot.directory, self.settings.service, slot.number))
         return self._registration(slot, self._listener)
 
-    def _registration(self, slot: Slot, listener: socket.socket) -> Registration:
+    def _registration(self, slot: Slot, listener: socket.socket, *, adopted: bool = False) -> Registration:
         return build(
             self.settings,
             slot=slot,
@@ -421,6 +524,7 @@ class _Life:
             pid=self._pid,
             scheme=self._scheme,
             tcp_check=bool(self._web and self._web.requires_certificate),
+            adopted=adopted,
         )
 
     def _registered(self, reason: str) -> None:
@@ -441,9 +545,7 @@ async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
     await asyncio.wait({task}, timeout=timeout)
 
 
-def _render(
-    registry: CollectorRegistry, accept: str, accept_encoding: str, names: list[str]
-) -> tuple[Mapping[str, str], bytes]:
+def _render(registry: Any, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
     return render(registry, accept=accept, accept_encoding=accept_encoding, names=names)
 
 

@@ -1,9 +1,11 @@
 """What all tests share: an environment without settings, a registry, a directory of slots, a maker of settings."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 from hypothesis import HealthCheck
@@ -11,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from prometheus_client import CollectorRegistry
 
 from consul_prom.devagent import DevAgent, running
+from consul_prom.ledger import Ledger
 from consul_prom.settings import Settings, load
 from tests.services.binaries import RECIPES, prepare
 from tests.workers import Workers
@@ -39,6 +42,24 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.delenv("prometheus_multiproc_dir", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _ledgers_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A worker that a test only imagines killed leaves no descriptor open in the tests' process."""
+    made: WeakSet[Ledger] = WeakSet()
+    begin = Ledger.__init__
+
+    def noted(ledger: Ledger, *arguments: Any) -> None:
+        begin(ledger, *arguments)
+        made.add(ledger)
+
+    monkeypatch.setattr(Ledger, "__init__", noted)
+    yield
+    for ledger in list(made):
+        ledger.close()
+    if made:
+        gc.collect()  # a mapping has a descriptor of its own
 
 
 @pytest.fixture

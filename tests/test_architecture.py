@@ -20,9 +20,10 @@ PACKAGE = ROOT / "consul_prom"
 # A module imports only from rows with a smaller number. Modules that are not written yet have their place too.
 ROWS = {
     0: ["errors"],
-    1: ["farewell", "settings", "slots", "ledger", "door", "webconfig", "devagent"],
+    1: ["farewell", "settings", "slots", "ledger", "cells", "linger", "door", "webconfig", "devagent"],
     2: [
         "wire",
+        "continued",
         "endpoint",
         "registration",
         "exposition",
@@ -35,10 +36,11 @@ ROWS = {
     ],
     3: ["client", "registrar", "caretaker", "undertaker", "vigil"],
     4: ["guest"],
-    5: ["worker", "master", "discovery", "screen"],
-    6: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
-    7: ["cli"],
-    8: ["__init__", "__main__"],
+    5: ["adoption"],
+    6: ["worker", "master", "discovery", "screen"],
+    7: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
+    8: ["cli"],
+    9: ["__init__", "__main__"],
 }
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}
 COMMANDS = {"cli", "doctor", "top", "demo", "screen"}
@@ -57,7 +59,7 @@ OWNERS = {
     "gunicorn": {"demo"},
 }
 OWNERS_FOR_TYPES = {"gunicorn": {"gunicorn"}}
-OWNERS_OF_INTERNALS = {"prometheus_client": {"ledger", "exposition"}}
+OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition"}}
 OWNER_OF_THE_ENVIRONMENT = "settings"
 
 

@@ -16,9 +16,12 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from consul_prom import __version__, cli, snippets
+from consul_prom.continued import ContinuedRegistry
 from consul_prom.devagent import DevAgent, Fault
+from consul_prom.ledger import Ledger
 from consul_prom.settings import ROWS
 from consul_prom.slots import process_identity
 from tests.services.consul import Consul
@@ -275,6 +278,31 @@ def test_list(run: Run, agent: DevAgent, workers: Workers) -> None:
         ],
         ["web-2:0", "shop", "7", "127.0.0.1:1", "passing", "unknown", "it is of the host web-2, and this is web-1"],
     ]
+
+
+def test_list_ledger(run: Run, slot_directory: Path) -> None:
+    """What the ledgers hold is a line a metric: how many series, how many of them unused, and their total."""
+    path = slot_directory / "shop.3.ledger"
+    for now in (1_000_000.0, 1_000_001.0):
+        registry = CollectorRegistry()
+        hits = Counter("hits", "-", ["x"], registry=registry)
+        seconds = Histogram("seconds", "-", registry=registry)
+        book = ContinuedRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:3", now=now))
+        hits.labels(str(now)).inc(2)
+        seconds.observe(7)
+        book.close()
+    (slot_directory / "shop.4.ledger").write_text("nonsense")
+    result = run("list", "--ledger", f"--dir={slot_directory}")
+    assert result.exit_code == 0
+    assert [re.split(r"  +", line.strip())[:8] for line in result.stdout.splitlines()] == [
+        ["service", "slot", "instance", "metric", "type", "series", "unused", "total"],
+        ["shop", "3", "web-1:3", "hits", "counter", "2", "1", "4.0"],
+        ["shop", "3", "web-1:3", "seconds", "histogram", "1", "0", "2.0"],
+    ]
+    facts = json.loads(run("list", "--ledger", "--json", f"--dir={slot_directory}", "--service=shop").stdout)
+    assert [(fact["metric"], fact["total"], fact["slot"]) for fact in facts] == [("hits", 4.0, 3), ("seconds", 2.0, 3)]
+    assert run("list", "--ledger", "--json", f"--dir={slot_directory}", "--service=other").stdout == "[]\n"
+    assert "has no ledger that we can read" in run("list", "--ledger", f"--dir={slot_directory}/no").stdout
 
 
 def test_list_json(run: Run, agent: DevAgent) -> None:

@@ -48,8 +48,8 @@ def wanted(settings: MakeSettings, slot: Slot) -> Registration:
     return _build(settings(), slot)
 
 
-def _build(settings: Any, slot: Slot) -> Registration:
-    return build(settings, slot=slot, address="10.0.0.7", port=40123, version="1.2.3", pid=os.getpid())
+def _build(settings: Any, slot: Slot, *, adopted: bool = False) -> Registration:
+    return build(settings, slot=slot, address="10.0.0.7", port=40123, version="1.2.3", pid=os.getpid(), adopted=adopted)
 
 
 def _as_the_agent_tells_it(wanted: Registration) -> dict[str, Any]:
@@ -161,9 +161,10 @@ class TestDocument:
         """Our tag comes first, and none comes twice."""
         assert _build(settings(tags="b,consul-prom,a,b"), slot).tags == ("consul-prom", "b", "a")
 
-    def test_our_meta_is_what_settings_reserve(self, wanted: Registration) -> None:
-        """Every key that we set is reserved in the settings, and only `adopted` comes later."""
+    def test_our_meta_is_what_settings_reserve(self, settings: MakeSettings, slot: Slot, wanted: Registration) -> None:
+        """Every key that we set is reserved in the settings; a live worker has all but `adopted`."""
         assert MANAGED_META - set(wanted.meta) == {"adopted"}
+        assert set(_build(settings(), slot, adopted=True).meta) == MANAGED_META
 
     def test_longest_entry_is_within_consuls_limits(self, tmp_path: Path) -> None:
         """With the longest settings, no value is longer than Consul's 512 bytes and there are 64 pairs at most."""

@@ -9,9 +9,12 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,6 +286,68 @@ class TestRemains:
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
+class TestAdopted:
+    """A slot that has no worker, and is kept until a newborn wants it."""
+
+    @pytest.fixture
+    def slot(self, slot_directory: Path) -> slots.Slot:
+        slot = slots.acquire(slot_directory, "shop")
+        slot.adopt()
+        return slot
+
+    def test_is_asked_for(self, slot: slots.Slot, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A newborn asks for it once, and gets it when it is given up."""
+        monkeypatch.setattr(slots, "PATIENCE", 10.0)
+        assert not slot.wanted
+        with ThreadPoolExecutor() as pool:
+            newborn = pool.submit(slots.acquire, slot_directory, "shop")
+            wait_until(lambda: slot.wanted, within=5, what="a wish")
+            time.sleep(0.02)
+            assert slot.note and slot.note.words.count("wanted") == 1
+            assert not newborn.done()
+            slot.release()
+            assert newborn.result(10).number == 0
+        assert not newborn.result().wanted
+
+    def test_is_not_given_up(self, slot: slots.Slot, slot_directory: Path) -> None:
+        """Who gets no answer takes the next."""
+        assert slots.acquire(slot_directory, "shop").number == 1
+        assert slot.wanted
+
+    def test_survey(self, slot: slots.Slot, slot_directory: Path) -> None:
+        """It is vacant, as those are that were settled, or whose worker is dead."""
+        others = [slots.acquire(slot_directory, "shop") for _ in range(4)]
+        others[0].settle()
+        others[1].lock.release()
+        (slot_directory / "shop.3.lock").write_text("1 a.b.c", encoding="ascii")
+        assert slots.survey(slot_directory, "shop") == slots.Survey(2, [0, 1, 3])
+        assert slot.number == 0
+
+    def test_of_the_dead(self, slot: slots.Slot, slot_directory: Path) -> None:
+        """What was adopted by a process that is gone may have an entry; so may what was given up in vain."""
+        path = slots.path_of(slot_directory, "shop", 0)
+        words = path.read_text().replace("adopted", "adopted 10.0.0.1 wanted")
+        path.write_text(f"0{words.removeprefix(str(os.getpid()))}")
+        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
+        slot.abandon()
+        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ())]
+
+
+class TestNotNoted:
+    """A lock whose holder has not noted itself."""
+
+    def test_moment(self, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A newborn waits for it a moment, once, not for each slot: on a full disk nobody can note anything."""
+        slept: list[float] = []
+        clock = SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept), time=time.time)
+        monkeypatch.setattr(slots, "time", clock)
+        held = [slots.acquire(slot_directory, "shop") for _ in range(5)]
+        for slot in held:
+            slot.settle()
+        assert slots.acquire(slot_directory, "shop").number == 5
+        assert slots.PATIENCE <= sum(slept) < 2 * slots.PATIENCE
+
+
 class TestIntact:
     """Whether what we hold is still what others see."""
 
@@ -488,6 +553,16 @@ class TestProcessIdentity:
         assert re.fullmatch(r"[0-9a-f-]{36}\.\d+\.\d+", mine)
         assert process_identity(os.getpid()) == mine
         assert mine.startswith(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+
+    def test_age(self) -> None:
+        """An identity tells for how long its process has lived."""
+        with subprocess.Popen(["sleep", "60"]) as process:
+            identity = process_identity(process.pid)
+            before = slots.process_age(identity)
+            time.sleep(0.05)
+            assert before < slots.process_age(identity) < slots.process_age(process_identity(os.getpid()))
+            process.kill()
+        assert slots.process_age(None) == slots.process_age("a.b.c") == 0
 
     def test_of_two_processes(self) -> None:
         """Two processes of one boot differ in nothing but the start."""

@@ -59,6 +59,17 @@ def test_page(slot_directory: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("wanted", "alive", "slots", "complete"), [(4, 4, 4, True), (4, 5, 6, True), (4, 3, 4, False), (4, 4, 3, False)]
+)
+def test_complete(slot_directory: Path, *, wanted: int, alive: int, slots: int, complete: bool) -> None:
+    """All workers are there when the master has as many as it wants, and as many have slots."""
+    assert not Masters(slot_directory, "shop").complete(slots)
+    tally = Tally(slot_directory, "shop")
+    tally.workers(wanted=wanted, alive=alive)
+    assert Masters(slot_directory, "shop").complete(slots) == complete
+
+
 def test_begins_at_zero(slot_directory: Path) -> None:
     """What has not happened yet is 0, so that the first time is an increase."""
     Tally(slot_directory, "shop")

@@ -1,6 +1,8 @@
 """The worker as a whole: one process, its slot, its endpoint and its entry."""
 
 import asyncio
+import contextlib
+import http.client
 import importlib
 import logging
 import os
@@ -12,13 +14,15 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.values import MutexValue
 
 import consul_prom
 from consul_prom import slots
@@ -133,7 +137,7 @@ def test_running(agent: DevAgent, registry: CollectorRegistry, directory: Path) 
 
     def script() -> None:
         with consul_prom.running(
-            service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry
+            service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry, linger=0
         ) as worker:
             assert registered(worker).instance == "web-1:0"
             raise ZeroDivisionError
@@ -142,6 +146,107 @@ def test_running(agent: DevAgent, registry: CollectorRegistry, directory: Path) 
         script()
     assert not agent.state.services
     assert not list(registry.collect())
+
+
+class TestLinger:
+    """An end that waits for a scrape."""
+
+    @pytest.fixture
+    def hits(self, registry: CollectorRegistry) -> Counter:
+        return Counter("hits", "-", registry=registry)
+
+    @pytest.fixture(autouse=True)
+    def _lines(self, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO)
+
+    def test_job(
+        self,
+        agent: DevAgent,
+        registry: CollectorRegistry,
+        directory: Path,
+        hits: Counter,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A job is a target until it has been scraped once more, by each server that keeps a connection."""
+        shown: list[str] = []
+
+        def scrape_twice(worker: Worker) -> None:
+            assert worker.url
+            with contextlib.closing(http.client.HTTPConnection(worker.url.split("/")[2])) as connection:
+                connection.request("GET", "/metrics")
+                shown.append(connection.getresponse().read().decode())
+                assert over.wait(20)
+                time.sleep(0.1)
+                page(worker)  # somebody else's, who keeps no connection
+                time.sleep(0.1)
+                assert worker.registered
+                connection.request("GET", "/metrics")
+                shown.append(connection.getresponse().read().decode())
+
+        over = threading.Event()
+        with (
+            ThreadPoolExecutor() as pool,
+            consul_prom.running(
+                service="nightly", host="web-1", consul_http_addr=agent.url, dir=directory, registry=registry
+            ) as worker,
+        ):
+            registered(worker)
+            scraping = pool.submit(scrape_twice, worker)
+            wait_until(lambda: shown, within=10, what="a first scrape")
+            hits.inc()
+            over.set()
+        scraping.result(10)
+        assert ["hits_total 1.0" in text for text in shown] == [False, True]
+        assert not agent.state.services
+        assert "CONSUL_PROM_LINGER" not in caplog.text
+
+    def test_not_told_to(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker that no signal ends does not wait; what nobody has scraped is said in one line, and saved."""
+        monkeypatch.setattr("consul_prom.worker.await_scrape", lambda *_, **__: pytest.fail("it waits"))
+        worker = make(address="127.0.0.1", linger=600)
+        worker.start()
+        registered(worker)
+        page(worker)
+        hits.inc(3)
+        worker.stop()
+        (line,) = [record.message for record in caplog.records if "CONSUL_PROM_LINGER" in record.message]
+        assert line.startswith("web-1:0 has counted since its last scrape; that is in its ledger")
+        registry = CollectorRegistry()
+        again = make(registry=registry, address="127.0.0.1")
+        again.start()
+        assert "hits_total 3.0" in page(again)
+
+    def test_signal(self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One that a signal ends waits, on its own endpoint; with LINGER alone are the handlers touched."""
+        theirs = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            before = signal.getsignal(signal.SIGTERM)
+            make(registry=CollectorRegistry(), address="127.0.0.1").start()
+            assert signal.getsignal(signal.SIGTERM) is before
+            worker = make(address="127.0.0.1", linger=600)
+            worker.start()
+            registered(worker)
+            signal.raise_signal(signal.SIGTERM)
+            asyncio.run(worker.leave())
+            assert worker.registered
+            hits.inc()
+            seen: list[str] = []
+            timer = threading.Timer(0.1, lambda: seen.append(page(worker)))
+            timer.start()
+            worker.stop()
+            assert "hits_total 1.0" in seen[0]
+            assert signal.getsignal(signal.SIGTERM) is before
+        finally:
+            signal.signal(signal.SIGTERM, theirs)
+
+    def test_unregistered(self, agent: DevAgent, make: Make) -> None:
+        """Nobody comes to what is not registered, and so it waits for nobody."""
+        agent.fault = Fault(status=500)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        worker.stop(linger=600)
 
 
 def test_slots(agent: DevAgent, make: Make) -> None:
@@ -668,3 +773,133 @@ def _sockets_of(worker: Worker) -> set[str]:
     assert worker._life
     links = {str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in worker._life.thread.descriptors()}
     return {link for link in links if link.startswith("socket:")}
+
+
+class TestLedger:
+    """The counters of a slot outlive its workers."""
+
+    @pytest.fixture
+    def hits(self, registry: CollectorRegistry) -> Counter:
+        return Counter("hits", "-", ["route"], registry=registry)
+
+    def next_worker(self, make: Make) -> tuple[Worker, Counter]:
+        """What a new process of the same application has."""
+        registry = CollectorRegistry()
+        hits = Counter("hits", "-", ["route"], registry=registry)
+        worker = make(registry=registry, address="127.0.0.1")
+        worker.start()
+        return worker, hits
+
+    def test_is_continued(self, make: Make, hits: Counter) -> None:
+        """A slot's next worker shows what the slot has counted, its own metrics too, whichever of both counted it."""
+        hits.labels("/early").inc()
+        worker = make(address="127.0.0.1")
+        worker.start()
+        hits.labels("/late").inc(2)
+        page(worker)
+        assert "consul_prom_scrapes_total 1.0" in page(worker)
+        worker.stop()
+        again, more = self.next_worker(make)
+        more.labels("/late").inc()
+        shown = page(again)
+        assert 'hits_total{route="/early"} 1.0' in shown
+        assert 'hits_total{route="/late"} 3.0' in shown
+        assert "consul_prom_scrapes_total 2.0" in shown
+        assert more.labels("/late")._value.get() == 1
+
+    def test_port(self, make: Make) -> None:
+        """It serves on the port that scrapers know, where that is free, and where any port will do."""
+        worker = make(address="127.0.0.1")
+        worker.start()
+        url = worker.url
+        assert url
+        worker.stop()
+        again, _ = self.next_worker(make)
+        assert again.url == url
+        again.stop()
+        with socket.create_server(("127.0.0.1", int(url.split(":")[2].split("/")[0]))):
+            third, _ = self.next_worker(make)
+            assert third.url != url
+            third.stop()
+
+    def test_killed(self, make: Make, directory: Path, hits: Counter) -> None:
+        """So it does when the worker before was killed."""
+        child = os.fork()
+        if not child:
+            worker = make(address="127.0.0.1")
+            worker.start()
+            hits.labels("/").inc(5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert (directory / "shop.0.ledger").exists()
+        assert 'hits_total{route="/"} 5.0' in page(self.next_worker(make)[0])
+
+    def test_switched_off(self, make: Make, registry: CollectorRegistry, directory: Path, hits: Counter) -> None:
+        """Without ledger nothing of prometheus_client is touched, and no later worker continues from below."""
+        hits.labels("/").inc()
+        worker = make(address="127.0.0.1")
+        worker.start()
+        worker.stop()
+        assert (directory / "shop.0.ledger").exists()
+        bare = CollectorRegistry()
+        before, counter = set(vars(bare)), Counter("bare", "-", ["x"], registry=bare)
+        value = counter.labels("a")._value
+        worker = make(registry=bare, address="127.0.0.1", ledger=False)
+        worker.start()
+        assert set(vars(bare)) == before
+        assert counter.labels("a")._value is value
+        assert (type(value), type(counter._metrics)) == (MutexValue, dict)
+        assert 'bare_total{x="a"} 0.0' in page(worker)
+        assert not (directory / "shop.0.ledger").exists()
+
+    def test_cannot_be_had(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker without a ledger counts in memory, after one warning that names the setting."""
+
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        hits.labels("/").inc()
+        assert 'hits_total{route="/"} 1.0' in page(worker)
+        warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("the counters of web-1:0 live in memory: ")
+        assert warnings[0].endswith("No space left on device; see CONSUL_PROM_DIR (CONSUL_PROM_LEDGER)")
+
+    def test_unexpected(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An error that nobody expected does the same."""
+        monkeypatch.setattr("consul_prom.worker.ContinuedRegistry", lambda *_: 1 / 0)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        hits.labels("/").inc()
+        assert 'hits_total{route="/"} 1.0' in page(worker)
+        assert "an error not expected" in caplog.text
+
+    def test_wiped(
+        self, agent: DevAgent, make: Make, hits: Counter, directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the directory is wiped, a worker counts on in memory, and its slot's next worker starts anew."""
+        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        registered(worker)
+        hits.labels("/").inc(5)
+        meta = agent.state.services["shop.web-1.0"].meta
+        shutil.rmtree(directory)
+        directory.mkdir(mode=0o700)
+        (directory / "shop.0.ledger").write_text("of another one that was here meanwhile")
+        wait_until(
+            lambda: any(entry.meta["dir"] != meta["dir"] for entry in agent.state.services.values()),
+            within=20,
+            what="a new registration",
+        )
+        hits.labels("/").inc()
+        assert 'hits_total{route="/"} 6.0' in page(worker)
+        worker.stop()
+        assert "hits_total{" not in page(self.next_worker(make)[0])

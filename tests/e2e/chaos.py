@@ -118,7 +118,7 @@ class Chaos:
         self._stack.close()
 
     def calm(self) -> None:
-        """Wait until the entries are those of the live workers, one each."""
+        """Wait until the entries are those of the live workers, one each; beside them, some may be adopted."""
         if self.enabled:
             try:
                 wait_until(self.settled, within=150, what="an entry a worker")
@@ -128,7 +128,8 @@ class Chaos:
                 raise AssertionError(f"{error}\n{story}\n{self.shop.log.read_text()[-5000:]}") from None
 
     def settled(self) -> bool:
-        found = [int(entry["Meta"]["pid"]) for entry in self.entries().values()]
+        metas = [entry["Meta"] for entry in self.entries().values()]
+        found = [int(meta["pid"]) for meta in metas if "adopted" not in meta]
         live = self.shop.workers()
         return len(found) == len(set(found)) == len(live) == WORKERS and set(found) == live
 

@@ -202,5 +202,6 @@ def entries(consul: Consul) -> dict[str, dict[str, Any]]:
 
 
 def workers_of(found: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """The processes of the entries, without the masters' page."""
-    return {key: int(entry["Meta"]["pid"]) for key, entry in found.items() if not key.endswith(".master")}
+    """The processes of the entries, without the masters' page and those that only serve another's last."""
+    live = {key: entry for key, entry in found.items() if "adopted" not in entry["Meta"]}
+    return {key: int(entry["Meta"]["pid"]) for key, entry in live.items() if not key.endswith(".master")}

@@ -1,4 +1,4 @@
-"""Whatever happens, and in whatever order: when it is over, the targets are the live workers, and nothing leaks."""
+"""Whatever happens, and in whatever order: when it is over, the targets are the right ones, and nothing leaks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.services.waiting import wait_until
     [(1, 30), pytest.param(2, 180, marks=pytest.mark.full), pytest.param(3, 180, marks=pytest.mark.full)],
 )
 def test_chaos(seed: int, seconds: float) -> None:
-    """After random faults the targets are the live workers; no request failed, and nothing was left, because of us."""
+    """After random faults the targets are right; no request failed, and nothing was left, because of us."""
     with Chaos(seed, enabled=True) as chaos:
         chaos.rage(seconds)
         print(
@@ -23,21 +23,25 @@ def test_chaos(seed: int, seconds: float) -> None:
             f" {chaos.clients.asked} requests, {chaos.clients.failures}"
         )
         assert not chaos.unexcused()
-        instances = sorted(entry["Meta"]["instance"] for entry in chaos.entries().values())
+
+        def instances() -> list[str]:
+            return sorted(entry["Meta"]["instance"] for entry in chaos.entries().values())
+
         try:
-            wait_until(lambda: chaos.targets() == instances, within=150, what="the live workers as targets")
+            wait_until(lambda: chaos.targets() == instances(), within=150, what="the entries as targets")
         except AssertionError as error:
             health = chaos.consul.call("/v1/health/service/shop-metrics")[1]
             catalogue = sorted(found["Service"]["Meta"]["instance"] for found in health)
-            pytest.fail(f"{error}: {instances}\ntargets {chaos.targets()}\ncatalogue {catalogue}\n{chaos.done}")
+            pytest.fail(f"{error}: {instances()}\ntargets {chaos.targets()}\ncatalogue {catalogue}\n{chaos.done}")
         for pid in chaos.shop.workers():
             assert len(list(Path(f"/proc/{pid}/task").iterdir())) <= 3, (
                 "a worker's threads: its own, ours, a name look-up"
             )
             sockets = [link for link in _links(pid) if link.startswith("socket:")]
             assert len(sockets) < 20, sockets
-        slots = sorted(path.name for path in (chaos.shop.directory / "slots").iterdir())
-        assert set(slots) <= {"id", "shop.master.lock", *(f"shop.{slot}.lock" for slot in range(2 * WORKERS + 4))}
+        names = {path.name for path in (chaos.shop.directory / "slots").iterdir()}
+        slots = range(2 * WORKERS + 4)
+        assert names <= {"id", "shop.master.lock", *(f"shop.{it}.{end}" for it in slots for end in ("lock", "ledger"))}
         log = chaos.shop.log.read_text()
         workers = set(chaos.shop.workers())
         chaos.shop.stop(within=30)

@@ -95,7 +95,11 @@ def test_pipe(home: Home) -> None:
     (changed,) = (slot for slot in range(4) if before[slot] != after[slot])
     assert f"kill -9 {before[changed][1]} " in story
     assert before[changed][1:3] != after[changed][1:3]
-    assert after[changed][3] == "0"
+    assert after[changed][3] == before[changed][3]
+    assert f"The {before[changed][3]} requests that it had counted live on in its slot's ledger" in " ".join(
+        story.split()
+    )
+    assert "goes on from there: the sum is still 30." in " ".join(story.split())
     snippet = story[story.index("scrape_configs:") : story.index("\n\n    sum without")]
     promtool_check_config(snippet)
     (config,) = yaml.safe_load(snippet)["scrape_configs"]

@@ -97,6 +97,28 @@ def test_worker_classes(consul: Consul, model: tuple[str, ...]) -> None:
         assert not re.search("Traceback|Warning|consul-prom is off", shop.log.read_text())
 
 
+def test_adoption(consul: Consul) -> None:
+    """The workers of a reload have other slots; a sibling serves what the old ones counted, until newborns come."""
+
+    def adopted() -> dict[str, int]:
+        return {key[-1]: entry["Port"] for key, entry in entries(consul).items() if "adopted" in entry["Meta"]}
+
+    with server(consul, *AIOHTTP) as shop:
+        wait_until(lambda: settled(consul, shop), within=DEADLINE, what="the entries")
+        before = {key[-1]: entry["Port"] for key, entry in entries(consul).items() if not key.endswith(".master")}
+        scrapes = re.search("^consul_prom_registrations_total.* 1.0$", page(consul, "0"), re.MULTILINE)
+        assert scrapes
+        os.kill(shop.pid, signal.SIGHUP)
+        wait_until(lambda: adopted() == before, within=DEADLINE, what="the old slots adopted, on their ports")
+        assert scrapes[0] in page(consul, "0")
+        assert sorted(workers_of(entries(consul))) == [f"shop.{HOST}.2", f"shop.{HOST}.3"]
+        os.kill(shop.pid, signal.SIGHUP)
+        wait_until(lambda: sorted(adopted()) == ["2", "3"], within=DEADLINE, what="the newborns in the smallest slots")
+        assert sorted(workers_of(entries(consul))) == [f"shop.{HOST}.0", f"shop.{HOST}.1"]
+        assert shop.stop() == 0
+        assert not entries(consul)
+
+
 def test_exits_are_counted(consul: Consul) -> None:
     """What became of workers is on the master's page, whichever worker serves that now, and so are the lines logged."""
     exits = 'gunicorn_worker_exits_total{master="0",reason='

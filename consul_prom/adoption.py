@@ -1,0 +1,142 @@
+"""The slots that no worker lives in, and whose last pages the caretaker serves until they have been scraped enough.
+
+After a scale-down or a reload some slots have no worker for now. What these counted after their last scrape is in
+their ledgers; and were they to vanish at once, a plain sum over all workers would fall.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from consul_prom import slots
+from consul_prom.continued import last_page
+from consul_prom.errors import ConsulPromError
+from consul_prom.guest import Guest
+from consul_prom.ledger import NEVER, State, ledger_path, peek, read, vacate
+from consul_prom.slots import Slot
+
+log = logging.getLogger(__name__)
+
+BOOTING: Final = 10.0
+"""Seconds in which a replacement may be on its way to a slot; twice as long as a start takes, where that is more."""
+GLANCE: Final = 0.02
+GAPS: Final = 3
+LONGEST: Final = 600.0
+REPEAT_LOG: Final = 600.0
+
+Serve = Callable[[Slot, CollectorRegistry, int], Awaitable[Guest]]
+
+
+class Adoption:
+    """What the caretaker does for such slots, in `turn`, each second or so, until `end`.
+
+    *serve* starts a guest for a slot, a page and, if it can be had, a port. *complete*, given the number of workers
+    that have slots, tells whether no other worker is on its way.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        service: str,
+        *,
+        host: str,
+        retain: float,
+        patience: float,
+        serve: Serve,
+        complete: Callable[[int], bool],
+        slowest_start: float = 0.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """*patience*: seconds that a guest may take to leave. *slowest_start*: that a worker has taken to come up."""
+        self._directory = directory
+        self._service = service
+        self._host = host
+        self._retain = retain
+        self._patience = patience
+        self._serve = serve
+        self._complete = complete
+        self._booting = max(BOOTING, 2 * slowest_start)
+        self._clock = clock
+        self._vacant: dict[int, float] = {}
+        self._adopted: dict[int, asyncio.Task[None]] = {}
+        self._refused_at = -math.inf
+
+    async def turn(self) -> None:
+        """Adopt the slots whose workers are gone and not about to be replaced."""
+        self._adopted = {number: task for number, task in self._adopted.items() if not task.done()}
+        found, now = slots.survey(self._directory, self._service), self._clock()
+        self._vacant = {it: self._vacant.get(it, now) for it in found.vacant if it not in self._adopted}
+        complete = self._complete(found.inhabited)
+        for number, since in self._vacant.items():
+            state = peek(ledger_path(self._directory, self._service, number))
+            if state and state.vacant != NEVER and (complete or state.vacant or now - since >= self._booting):
+                await self._try_adopt(number)
+
+    async def end(self) -> None:
+        """All guests leave."""
+        for task in self._adopted.values():
+            task.cancel()
+        await asyncio.gather(*self._adopted.values(), return_exceptions=True)
+
+    async def _try_adopt(self, number: int) -> None:
+        try:
+            if lock := slots.try_lock(self._directory, self._service, number):
+                slot = Slot(number, self._directory, slots.directory_id(self._directory) or "", lock)
+                try:
+                    await self._adopt(slot)
+                finally:
+                    if number not in self._adopted:
+                        slot.release()
+        except (ConsulPromError, OSError, ValueError, LookupError, TypeError) as error:
+            if time.monotonic() - self._refused_at > REPEAT_LOG:
+                log.warning("what slot %d counted at last is not served (CONSUL_PROM_RETAIN): %s", number, error)
+                self._refused_at = time.monotonic()
+
+    async def _adopt(self, slot: Slot) -> None:
+        path = ledger_path(self._directory, self._service, slot.number)
+        state, contents = peek(path), read(path)
+        ours = {"boot": slot.boot, "instance": f"{self._host}:{slot.number}"}
+        if state is None or contents is None or state.head != ours:
+            return
+        now = self._clock()
+        since = state.vacant or now
+        ends_at = since + self._patience_of_scrapers(state)
+        if not since <= now < ends_at or not contents.series:
+            vacate(path, state, NEVER)
+            return
+        vacate(path, state, since)
+        slot.adopt()  # before there may be an entry
+        guest = await self._serve(slot, last_page(contents), state.port)
+        log.info("%s:%d has no worker: its last page is served for %.0f s", self._host, slot.number, ends_at - now)
+        self._adopted[slot.number] = asyncio.create_task(self._keep(slot, guest, path, state, ends_at))
+
+    def _patience_of_scrapers(self, state: State) -> float:
+        return max(self._retain, min(GAPS * state.gap, LONGEST))
+
+    async def _keep(self, slot: Slot, guest: Guest, path: Path, state: State, ends_at: float) -> None:
+        """Until a newborn wants the slot, until *ends_at*, or until we are cancelled."""
+        wanted = False
+        try:
+            while slot.intact and self._clock() < ends_at:
+                wanted = slot.wanted
+                if wanted:
+                    return
+                await asyncio.sleep(GLANCE)
+            if slot.intact:  # or it is another's ledger by now
+                vacate(path, state, NEVER)
+        finally:
+            try:
+                if wanted:
+                    await guest.give_up()
+                elif await guest.retire(self._patience):
+                    slot.settle()
+                else:
+                    slot.abandon()
+            finally:
+                slot.release()

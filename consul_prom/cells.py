@@ -1,0 +1,193 @@
+"""A value of prometheus_client's that lives in a cell of a mapped file; where there is none, in memory as before."""
+
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final
+
+from prometheus_client import Counter, Histogram, Summary, values
+
+from consul_prom.errors import LedgerError
+
+
+class _Asked(threading.local):
+    totals = False
+
+
+_ASKED: Final = _Asked()
+_OWN_CLASSES: Final = {Counter, Summary, Histogram}
+
+
+@contextmanager
+def totals() -> Iterator[None]:
+    """Meanwhile values give this thread their totals, so that the library's own code renders those."""
+    _ASKED.totals = True
+    try:
+        yield
+    finally:
+        _ASKED.totals = False
+
+
+class CellValue:
+    """Does what prometheus_client's MutexValue does.
+
+    The cell holds the slot's total; `_base` of it this process did not count. `_elsewhere` stands in a ledger already,
+    or is counted by the process that forked us: a ledger that the value moves into leaves it out.
+    """
+
+    __slots__ = ("_base", "_cells", "_created", "_elsewhere", "_exemplar", "_index", "_lock")
+    _multiprocess = False
+
+    def __init__(self, lock: threading.Lock, cells: Any, index: int, created: int) -> None:
+        """A new one, on top of what the cell *index* holds; the cell *created* is the series' birthday."""
+        self._cells = cells
+        self._index = index
+        self._created = created
+        self._base: float = cells[index]
+        self._elsewhere = 0.0
+        self._exemplar: Any = None
+        self._lock = lock
+
+    def inc(self, amount: float) -> None:
+        with self._lock:
+            self._cells[self._index] += amount
+
+    def set(self, value: float, timestamp: float | None = None) -> None:  # noqa: ARG002  # as in prometheus_client
+        """Start anew, as `Counter.reset` does."""
+        with self._lock:
+            self._cells[self._index] = value
+            self._cells[self._created] = time.time()
+            self._base = self._elsewhere = 0.0
+
+    def get(self) -> float:
+        """What this process counted."""
+        with self._lock:
+            total: float = self._cells[self._index]
+            return total if _ASKED.totals else total - self._base
+
+    def total(self) -> float:
+        """What the slot's workers counted, this one and those before it: what a page shows."""
+        with self._lock:
+            return float(self._cells[self._index])
+
+    def set_exemplar(self, exemplar: Any) -> None:
+        with self._lock:
+            self._exemplar = exemplar
+
+    def get_exemplar(self) -> Any:
+        with self._lock:
+            return self._exemplar
+
+    def enter(self, cells: "memoryview[float]", *, index: int, created: int) -> None:
+        """Live in the cell *index* from now on, on top of what it holds."""
+        with self._lock:
+            counted = self._cells[self._index]
+            own = counted - self._base
+            cells[index] += counted - self._elsewhere
+            self._base = cells[index] - own
+            self._cells, self._index, self._created = cells, index, created
+            self._elsewhere = 0.0
+
+    def leave(self, *, stays: bool, locked: bool = True) -> None:
+        """Live in memory from now on; whether what was counted *stays* elsewhere."""
+        with self._lock if locked else nullcontext():
+            total = self._cells[self._index]
+            self._cells, self._index, self._created = array("d", (total, 0.0)), 0, 1
+            self._elsewhere = total if stays else 0.0
+
+
+class _Replaced(values.MutexValue):
+    """What a value was before: who still holds it, or is inside of its `inc`, lands in the cell."""
+
+    _successor: CellValue
+
+    @property
+    def _value(self) -> float:
+        successor = self._successor
+        return float(successor._cells[successor._index] - successor._base)
+
+    @_value.setter
+    def _value(self, own: float) -> None:
+        successor = self._successor
+        successor._cells[successor._index] = own + successor._base
+
+
+def move(metric: Any, cells: "memoryview[float]", created: int, first: int, *, newborn: bool) -> None:
+    """Let one series live in the cells from *first* on, and *created* for its birthday.
+
+    Of a *newborn* of the library's own classes nobody holds a value, and none has counted.
+    """
+    metric._created = cells[created]
+    old = plain(metric)
+    if newborn and type(metric) in _OWN_CLASSES:
+        moved = [CellValue(value._lock, cells, index, created) for index, value in enumerate(old, first)]
+    else:
+        moved = [_replace(value) for value in old]
+        for index, value in enumerate(moved, first):
+            value.enter(cells, index=index, created=created)
+    if isinstance(metric, Counter):
+        metric._value = moved[0]
+    elif isinstance(metric, Summary):
+        metric._count, metric._sum = moved
+    else:
+        metric._sum, *metric._buckets = moved
+
+
+def plain(metric: Any) -> list[Any]:
+    """The values of one series as they are, in the ledger's order."""
+    if isinstance(metric, Counter):
+        return [metric._value]
+    if isinstance(metric, Summary):
+        return [metric._count, metric._sum]
+    return [metric._sum, *metric._buckets]
+
+
+def note_parent(value: Any) -> None:
+    """In a forked child: what there is by now, the parent counts."""
+    if isinstance(value, CellValue):
+        value.leave(stays=True, locked=False)  # a thread that is not here may have had the lock
+    elif type(value) is values.MutexValue and value._value:
+        vars(value)["_elsewhere"] = value._value
+
+
+def _replace(value: Any) -> CellValue:
+    if isinstance(value, CellValue):
+        return value
+    with value._lock:
+        successor = CellValue(value._lock, array("d", (0.0, 0.0)), 0, 1)
+        successor._cells[0] = value._value
+        successor._elsewhere = getattr(value, "_elsewhere", 0.0)
+        successor._exemplar = value._exemplar
+        value._successor = successor
+        value.__class__ = _Replaced
+    return successor
+
+
+def check_library() -> None:
+    """Whether prometheus_client's insides are those that we know.
+
+    Raises:
+        LedgerError: they are not.
+    """
+    try:
+        counter, summary = Counter("c", "-", ("l",), registry=None), Summary("s", "-", registry=None)
+        histogram = Histogram("h", "-", registry=None, buckets=(1, 2))
+        histogram.observe(2)
+        child = counter.labels("x")
+        known = [
+            type(counter._metrics) is dict and counter._metrics == {("x",): child},
+            all(set(vars(value)) == {"_value", "_exemplar", "_lock"} for value in plain(child)),
+            all(type(value) is values.MutexValue for one in (child, summary, histogram) for value in plain(one)),
+            [value.get() for value in plain(histogram)] == [2, 0, 1, 0],
+            all(isinstance(one._created, float) for one in (child, summary, histogram)),
+            histogram._upper_bounds[:2] == [1, 2],
+            (counter._name, counter._documentation, counter._unit, counter._labelnames) == ("c", "-", "", ("l",)),
+        ]
+        counter.clear()
+        known.append(counter._metrics == {} and child._labelvalues == ("x",))
+    except Exception as error:  # whatever an unknown version raises
+        raise LedgerError(f"prometheus_client is of a version unknown to us: {error}") from error
+    if not all(known):
+        raise LedgerError("prometheus_client is of a version unknown to us")

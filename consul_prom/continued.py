@@ -1,0 +1,393 @@
+"""A registry that is continued from a ledger: its counters, histograms and summaries live in the ledger's cells.
+
+Its page shows a slot's totals, and the series that its earlier workers left. `get()` and the registry itself go on to
+show what this process counted. Gauges, Info and Enum are left alone, and so are custom collectors.
+
+What a renderer of its own needs, instead of `ContinuedRegistry.collect`: the `total()` of a value; the `_created` of a
+metric, which is carried with the value; `ContinuedRegistry.inherited` and `orphans`.
+"""
+
+import logging
+import os
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, suppress
+from typing import Any, Final
+from weakref import WeakSet
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, Summary
+from prometheus_client.registry import Collector
+
+from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
+from consul_prom.errors import LedgerError
+from consul_prom.ledger import CREATED, VALUES, Contents, Family, Labels, Ledger
+
+log = logging.getLogger(__name__)
+
+REPEAT_LOG: Final = 600.0
+_KINDS: Final[dict[str, Any]] = {"counter": Counter, "summary": Summary, "histogram": Histogram}
+_SUFFIXES: Final = {
+    "counter": ("_total", "_created"),
+    "summary": ("_count", "_sum", "_created"),
+    "histogram": ("_bucket", "_count", "_sum", "_created"),
+}
+
+Chosen = Callable[[Labels], bool]
+
+
+class ContinuedRegistry:
+    """*registry* with the values of its metrics in *ledger*: of those that there are, and of those that come.
+
+    Raises:
+        LedgerError: this prometheus_client does not look like what we know; nothing was touched.
+    """
+
+    def __init__(self, registry: CollectorRegistry, ledger: Ledger) -> None:
+        check_library()
+        self._registry = registry
+        self._ledger = ledger
+        self._lock = threading.RLock()  # reentrant: a signal handler or the garbage collector may give birth in a birth
+        self._entering = threading.RLock()
+        self._bound: dict[Collector, _Bound] = {}
+        self._shadows: dict[Family, Any] = {}
+        self._warned_at: float | None = None
+        self._register, self._unregister = registry.register, registry.unregister
+        _CONTINUED.add(self)
+        vars(registry).update(register=self._on_register, unregister=self._on_unregister)
+        for collector in list(registry._collector_to_names):
+            self._enter(collector)
+
+    def collect(self) -> Iterator[Metric]:
+        """The page: totals, a family's inherited series last in it, families that nobody registered last of all."""
+        return self._page(lambda _names: True)
+
+    def restricted_registry(self, names: Iterable[str]) -> Collector:
+        """What `collect` gives, but only samples of these names, and only from collectors that have such."""
+        return _Restricted(self, frozenset(names))
+
+    def inherited(self, metric: Any) -> Any:
+        """An unregistered metric of the library with the series of *metric* that no process has used since the start.
+
+        None where there are none. One that is used is removed from it, so it only ever shrinks.
+        """
+        bound = self._bound.get(metric)
+        return self._shadow(bound.family) if bound and bound.inherited else None
+
+    def orphans(self) -> list[Any]:
+        """The same of each family that nobody has registered, and whose names no collector has taken."""
+        ours = {bound.family for bound in self._bound.values()}
+        taken = self._registry._names_to_collectors
+        return [
+            self._shadow(family)
+            for family, series in list(self._ledger.inherited.items())
+            if series and family not in ours and not any(name in taken for name in _names(family))
+        ]
+
+    def close(self) -> None:
+        """The registry is as it was, but for values that are ours, in memory. What was counted stays in the ledger."""
+        self._let_go(locked=True)
+
+    def abandon(self) -> None:
+        """The same in a forked child, where a lock may be held for ever by a thread that did not follow."""
+        self._let_go(locked=False)
+
+    def cell_of(self, bound: "_Bound", labels: Labels, created: float) -> int | None:
+        """The first cell of a series that is born: it is inherited, or new, or there is none."""
+        with self._lock:
+            if labels in bound.inherited:
+                cell = bound.inherited.pop(labels)
+                self._ledger.claim(cell)
+                self._unshadow(bound.family, labels)
+                return cell
+            try:
+                return self._ledger.bear(bound.family, labels, created=created)
+            except LedgerError as error:
+                self._warn(
+                    f"new series of {bound.family.name} are counted in memory only, the ledger takes no more: {error}"
+                )
+                return None
+
+    def forget(self, family: Family, chosen: Chosen) -> None:
+        """What is inherited, and *chosen* by its labels, goes."""
+        with self._lock:
+            inherited = self._ledger.inherited[family]
+            for labels in [labels for labels in inherited if chosen(labels)]:
+                self._ledger.drop(inherited.pop(labels))
+                self._unshadow(family, labels)
+
+    def _on_register(self, collector: Collector) -> None:
+        self._register(collector)
+        self._enter(collector)
+
+    def _on_unregister(self, collector: Collector) -> None:
+        self._unregister(collector)
+        with self._entering:
+            bound = self._bound.pop(collector, None)
+            if bound:
+                bound.drop_all()
+                self.forget(bound.family, _all)
+                bound.leave(stays=False)
+
+    def _enter(self, collector: Any) -> None:
+        if not isinstance(collector, Counter | Summary | Histogram):
+            return
+        with self._entering:
+            if collector in self._bound:
+                return
+            bound = _Bound(self, self._ledger, collector)
+            for family in list(self._ledger.inherited):
+                if family.name == bound.family.name and family != bound.family:
+                    self.forget(family, _all)  # its type, labels or buckets have changed
+            with suppress(LedgerError), self._lock:  # its first series will say so, if it comes
+                self._ledger.introduce(bound.family)
+            bound.enter()
+            self._bound[collector] = bound
+
+    def _let_go(self, *, locked: bool) -> None:
+        _CONTINUED.discard(self)
+        for name in ("register", "unregister"):
+            vars(self._registry).pop(name, None)
+        for bound in list(self._bound.values()):
+            bound.leave(stays=True, locked=locked)
+        self._ledger.close()
+
+    def _page(self, wanted: Callable[[list[str]], bool]) -> Iterator[Metric]:
+        registry: Any = self._registry
+        with registry._lock:
+            collectors = [one for one, names in registry._collector_to_names.items() if wanted(names)]
+            target_info = registry._target_info_metric() if registry._target_info else None
+        if target_info:
+            yield target_info
+        for collector in collectors:
+            self._enter(collector)  # where it was registered a moment ago
+            bound = self._bound.get(collector)
+            yield from self._families(bound) if bound else collector.collect()
+        for shadow in self.orphans():
+            with totals():
+                families = list(shadow.collect())
+            yield from families
+
+    def _families(self, bound: "_Bound") -> list[Metric]:
+        inherited = bound.inherited
+        while True:
+            with bound.lock:  # so that no series is on its way from the one to the other
+                waiting = len(inherited)
+            with totals():
+                families = list(bound.metric.collect())
+                if waiting:
+                    for more in self._shadow(bound.family).collect():
+                        families[0].samples += more.samples
+            if len(inherited) == waiting:
+                return families
+
+    def _shadow(self, family: Family) -> Any:
+        with self._lock:
+            if family not in self._shadows:
+                self._shadows[family] = self._new_shadow(family)
+            return self._shadows[family]
+
+    def _new_shadow(self, family: Family) -> Any:
+        metric = _metric(family)
+        for labels, cell in self._ledger.inherited[family].items():
+            child = metric.labels(*labels) if labels else metric
+            move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=True)
+        return metric
+
+    def _unshadow(self, family: Family, labels: Labels) -> None:
+        if family in self._shadows:
+            if labels:
+                self._shadows[family]._metrics.pop(labels, None)
+            else:
+                del self._shadows[family]
+
+    def _warn(self, sentence: str) -> None:
+        now = time.monotonic()
+        if self._warned_at is None or now - self._warned_at > REPEAT_LOG:
+            self._warned_at = now
+            log.warning("%s (CONSUL_PROM_DIR)", sentence)
+
+
+class _Restricted:
+    def __init__(self, source: ContinuedRegistry, names: frozenset[str]) -> None:
+        self._source = source
+        self._names = names
+
+    def collect(self) -> Iterator[Metric]:
+        nameless = self._source._registry._support_collectors_without_names
+        for family in self._source._page(lambda names: bool(self._names & set(names)) or (nameless and not names)):
+            restricted: Metric | None = family._restricted_metric(self._names)  # type: ignore[no-untyped-call]
+            if restricted:
+                yield restricted
+
+
+class _Bound:
+    """A registered metric whose values are in cells. Births and deaths of its children happen under its `lock`."""
+
+    def __init__(self, owner: ContinuedRegistry, ledger: Ledger, metric: Any) -> None:
+        bounds = tuple(metric._upper_bounds) if isinstance(metric, Histogram) else ()
+        self.family = Family(
+            metric._type, metric._name, tuple(metric._labelnames), bounds, metric._documentation, metric._unit
+        )
+        self.metric = metric
+        self.inherited = ledger.inherited[self.family]
+        self.lock: Any = metric._lock if metric._labelnames else nullcontext()
+        self._owner = owner
+        self._ledger = ledger
+        self._cells: dict[Labels, int] = {}
+
+    def enter(self) -> None:
+        """All series that there are, and from now on those that come."""
+        if not self.family.labelnames:
+            self.born((), self.metric, newborn=False)
+            return
+        self._adopt()
+        for name, choose in _REMOVERS.items():
+            if hasattr(self.metric, name):
+                vars(self.metric)[name] = self._remover(getattr(self.metric, name), choose)
+
+    def leave(self, *, stays: bool, locked: bool = True) -> None:
+        """The metric is as before, but for its values; whether what they counted *stays* in a ledger."""
+        children = [self.metric]
+        if self.family.labelnames:
+            with self.lock if locked else nullcontext():
+                self.metric._metrics = dict(self.metric._metrics)
+                children = list(self.metric._metrics.values())
+            for name in _REMOVERS:
+                vars(self.metric).pop(name, None)
+        for child in children:
+            for value in plain(child):
+                if isinstance(value, CellValue):
+                    value.leave(stays=stays, locked=locked)
+
+    def born(self, labels: Labels, child: Any, *, newborn: bool) -> None:
+        """Nothing that goes wrong here reaches the application."""
+        try:
+            cell = self._owner.cell_of(self, labels, child._created)
+            if cell is not None:
+                self._cells[labels] = cell
+                move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=newborn)
+        except Exception:
+            log.exception("a series of %s is counted in memory only: an error not expected", self.family.name)
+
+    def gone(self, labels: Labels) -> None:
+        cell = self._cells.pop(labels, None)
+        if cell is not None:
+            self._ledger.drop(cell)
+
+    def drop_all(self) -> None:
+        for labels in list(self._cells):
+            self.gone(labels)
+
+    def _adopt(self) -> None:
+        """Make the dictionary of children ours; of what it replaces, only what is in it lives on."""
+        with self.lock:
+            self.drop_all()
+            found = self.metric._metrics
+            for labels, child in found.items():
+                self.born(labels, child, newborn=False)
+            self.metric._metrics = _Children(self, found)
+
+    def _remover(self, original: Callable[..., None], choose: Callable[..., Chosen]) -> Callable[..., None]:
+        """*original*, and what was inherited goes too."""
+
+        def remove(*arguments: Any, **options: Any) -> None:
+            self._owner.forget(self.family, choose(self.family, *arguments, **options))
+            original(*arguments, **options)
+            if type(self.metric._metrics) is not _Children:  # `clear` leaves another dictionary
+                self._adopt()
+
+        return remove
+
+
+class _Children(dict[Labels, Any]):
+    """A labelled metric's `_metrics`: a child's birth is its entry here, its death its removal."""
+
+    def __init__(self, bound: _Bound, children: dict[Labels, Any]) -> None:
+        super().__init__(children)
+        self._bound = bound
+
+    def __setitem__(self, labels: Labels, child: Any) -> None:
+        self._bound.born(labels, child, newborn=True)  # first, so that no scrape sees it without what it inherits
+        super().__setitem__(labels, child)
+
+    def __delitem__(self, labels: Labels) -> None:
+        super().__delitem__(labels)
+        self._bound.gone(labels)
+
+    def pop(self, labels: Labels, *default: Any) -> Any:
+        child = super().pop(labels, *default)
+        self._bound.gone(labels)
+        return child
+
+
+def last_page(contents: Contents) -> CollectorRegistry:
+    """A registry that shows what a ledger held when it was read."""
+    registry = CollectorRegistry()
+    metrics: dict[Family, Any] = {}
+    for series in contents.series:
+        if series.family not in metrics:
+            metrics[series.family] = _metric(series.family, registry)
+        metric = metrics[series.family]
+        cells: Any = array("d", (series.created, *(0.0 for _ in series.values)))
+        move(metric.labels(*series.labels) if series.labels else metric, cells, 0, 1, newborn=True)
+        cells[1:] = array("d", series.values)
+    return registry
+
+
+def _metric(family: Family, registry: CollectorRegistry | None = None) -> Any:
+    options = {"buckets": family.bounds} if family.bounds else {}
+    return _KINDS[family.kind](
+        family.name, family.documentation, family.labelnames, unit=family.unit, registry=registry, **options
+    )
+
+
+def _names(family: Family) -> list[str]:
+    return [family.name, *(family.name + suffix for suffix in _SUFFIXES[family.kind])]
+
+
+def _all(_labels: Labels) -> bool:
+    return True
+
+
+def _by_values(_family: Family, *labelvalues: object) -> Chosen:
+    gone = tuple(str(value) for value in labelvalues)
+    return lambda labels: labels == gone
+
+
+def _by_some(family: Family, labels: object) -> Chosen:
+    wanted = {name: str(value) for name, value in labels.items()} if isinstance(labels, dict) else {}
+    return lambda found: bool(wanted) and wanted.items() <= dict(zip(family.labelnames, found, strict=True)).items()
+
+
+_REMOVERS: Final[dict[str, Callable[..., Chosen]]] = {
+    "clear": lambda _family: _all,
+    "remove": _by_values,
+    "remove_by_labels": _by_some,
+}
+
+_WATCHED: Final[WeakSet[CollectorRegistry]] = WeakSet()
+_CONTINUED: Final[WeakSet[ContinuedRegistry]] = WeakSet()
+
+
+def watch(registry: CollectorRegistry) -> None:
+    """What *registry* counted before a fork is the parent's: a ledger of the child's leaves it out."""
+    _WATCHED.add(registry)
+
+
+def _after_fork_in_child() -> None:
+    for continued in list(_CONTINUED):
+        try:
+            continued.abandon()
+        except Exception:
+            log.exception("a forked child may count into its parent's ledger: an error not expected")
+    for registry in list(_WATCHED):
+        for collector in list(registry._collector_to_names):
+            if isinstance(collector, Counter | Summary | Histogram):
+                for child in list(collector._metrics.values()) if collector._labelnames else [collector]:
+                    for value in plain(child):
+                        note_parent(value)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,323 @@
+"""The ledger's file: what is continued, what is not, and that a fault leaves the last whole state or none."""
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from consul_prom import ledger
+from consul_prom.errors import LedgerError
+from consul_prom.ledger import IN_USE, KEEP, MOST_UNUSED, SIZE, STEP, VALUES, Family, Ledger, Series, read
+
+HITS = Family("counter", "hits", ("route",), documentation="Hits.")
+SECONDS = Family("histogram", "seconds", (), (0.5, float("inf")), unit="")
+ODD = ("é", "", "\0", "\udcff", "ÿ\n", "🦜")
+NOW = 1_000_000.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "shop.0.ledger"
+
+
+def take_over(path: Path, **changed: Any) -> Ledger:
+    return Ledger.take_over(path, **{"boot": "b1", "instance": "web-1:0", "now": NOW, **changed})
+
+
+def count(book: Ledger, family: Family, *labels: str, value: float = 1.0) -> int:
+    cell = book.inherited[family].pop(labels, None)
+    if cell is None:
+        cell = book.bear(family, labels, created=5.0)
+    book.claim(cell)
+    book.cells[cell + VALUES] += value
+    return cell
+
+
+def count_many(book: Ledger) -> None:
+    for number in range(10_000):
+        count(book, HITS, f"/{number}")
+
+
+def found(path: Path) -> dict[tuple[str, ...], Series]:
+    contents = read(path)
+    assert contents
+    return {(series.family.name, *series.labels): series for series in contents.series}
+
+
+def totals(path: Path) -> dict[tuple[str, ...], float]:
+    return {key: series.values[0] for key, series in found(path).items()}
+
+
+class TestTakeOver:
+    """The slot's next worker."""
+
+    def test_goes_on(self, path: Path) -> None:
+        """Values, times of creation, families and labels of any Unicode survive a process that was killed."""
+        wide = Family("counter", "wide", tuple("abcdef"), documentation="Ünïcode\n", unit="u")
+        book = take_over(path)
+        count(book, HITS, "/", value=3)
+        count(book, SECONDS, value=0.25)
+        count(book, wide, *ODD)
+        again = take_over(path)
+        assert again.inherited.keys() == {HITS, SECONDS, wide}
+        assert next(family for family in again.inherited if family == wide).documentation == "Ünïcode\n"
+        assert totals(path) == {("hits", "/"): 3, ("seconds",): 0.25, ("wide", *ODD): 1}
+        assert {series.created for series in found(path).values()} == {5.0}
+        count(again, HITS, "/")
+        take_over(path)
+        assert totals(path)["hits", "/"] == 4
+
+    def test_later_one_wins(self, path: Path) -> None:
+        """Of a series that was removed and born again, the newborn is continued."""
+        book = take_over(path)
+        book.drop(count(book, HITS, "/", value=3))
+        count(book, HITS, "/", value=1)
+        book.drop(count(book, HITS, "/gone"))
+        assert list(take_over(path).inherited[HITS]) == [("/",)]
+        assert totals(path) == {("hits", "/"): 1}
+
+    @pytest.mark.parametrize("changed", [{"boot": "b2"}, {"instance": "web-2:0"}])
+    def test_others(self, path: Path, changed: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+        """A ledger of another boot or host name is not continued, in one sentence."""
+        caplog.set_level(logging.INFO)
+        count(take_over(path), HITS, "/")
+        assert not any(take_over(path, **changed).inherited.values())
+        assert [record.message for record in caplog.records] == [
+            f"{path} is not continued, counters start anew: it is of another boot or host name"
+        ]
+
+    def test_other_version(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor is one of another version, in one sentence."""
+        count(take_over(path), HITS, "/")
+        with path.open("r+b") as file:
+            file.write(ledger.MAGIC.replace(b"ledger 1", b"ledger 9"))
+        assert not any(take_over(path).inherited.values())
+        assert [record.message for record in caplog.records] == [
+            f"{path} is not continued, counters start anew: it is not ours, or another version's"
+        ]
+
+    def test_other_user(self, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor another user's."""
+        count(take_over(path), HITS, "/")
+        monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+        assert not any(take_over(path).inherited.values())
+        assert len(caplog.records) == 1
+
+    def test_symbolic_link(self, path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor one behind a symbolic link, which is replaced and not followed."""
+        elsewhere = tmp_path / "elsewhere"
+        count(take_over(elsewhere), HITS, "/")
+        path.symlink_to(elsewhere)
+        assert not any(take_over(path).inherited.values())
+        assert not path.is_symlink()
+        assert totals(elsewhere) == {("hits", "/"): 1}
+        assert len(caplog.records) == 1
+
+    def test_nonsense(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor what is no ledger, whatever it is: a directory cannot even be replaced."""
+        caplog.set_level(logging.INFO)
+        for nonsense in (b"", b"x", os.urandom(5000), ledger.MAGIC, ledger.MAGIC + os.urandom(500)):
+            path.write_bytes(nonsense)
+            assert not any(take_over(path).inherited.values())
+        assert len(caplog.records) == 5
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(LedgerError, match=r"cannot be written: Is a directory; see CONSUL_PROM_DIR"):
+            take_over(path)
+
+    def test_torn(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """Of a ledger that was cut at any place, the series that are whole before it are continued, and no more."""
+        book = take_over(path)
+        for number in range(5):
+            count(book, HITS, str(number), value=number + 1)
+        whole, end = path.read_bytes()[: book._end], book._end
+        expected = totals(path)
+        for cut in range(0, end, 8):
+            path.write_bytes(whole[:cut])
+            take_over(path)
+            rest = totals(path)
+            assert list(rest.items()) == list(expected.items())[: len(rest)]
+        assert len(rest) == len(expected) - 1
+        assert {record.message for record in caplog.records} >= {
+            f"{path} ends in half a record; what stands before it is continued"
+        }
+
+    def test_spoilt(self, path: Path) -> None:
+        """Where a record's head, payload or checksum was spoilt, the ledger ends before it."""
+        book = take_over(path)
+        for number in range(3):
+            start = book._end
+            count(book, HITS, str(number))
+        whole = path.read_bytes()[: book._end]
+        for place in range(start, start + 16 + 4 + len("2")):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x41]) + whole[place + 1 :])
+            assert list(found(path)) == [("hits", "0"), ("hits", "1")], place
+
+    def test_leaves_nothing_else(self, path: Path) -> None:
+        """There is one file, for its owner only, and it is sparse."""
+        for _ in range(3):
+            take_over(path)
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        seen = path.stat()
+        assert stat.S_IMODE(seen.st_mode) == 0o600
+        assert seen.st_size == SIZE
+        assert seen.st_blocks * 512 < 2 * STEP
+
+
+class TestUnused:
+    """Series that no worker uses any more."""
+
+    def test_leave_after_a_day(self, path: Path) -> None:
+        """A series leaves when it was not used for 24 h: not because one generation did not touch it."""
+        count(take_over(path), HITS, "/")
+        for passed in (0.0, 10.0, KEEP - 1, KEEP - 1):
+            assert list(take_over(path, now=NOW + passed).inherited[HITS]) == [("/",)]
+        assert not take_over(path, now=NOW + KEEP + 1).inherited[HITS]
+
+    def test_oldest_leave(self, path: Path) -> None:
+        """Beyond a cap, the oldest leave first; what the last worker used stays whatever their number."""
+        for generation in range(4):
+            book = take_over(path, now=NOW + generation)
+            for number in range(MOST_UNUSED // 2):
+                count(book, HITS, f"{generation}.{number}")
+        kept = {labels[0].partition(".")[0] for labels in take_over(path, now=NOW + 9).inherited[HITS]}
+        assert kept == {"1", "2", "3"}
+        book = take_over(path, now=NOW + 10)
+        assert {labels[0].partition(".")[0] for labels in book.inherited[HITS]} == {"2", "3"}
+
+    def test_many_in_use(self, path: Path) -> None:
+        """More series than the cap, all of them in use, are all continued."""
+        book = take_over(path)
+        for number in range(MOST_UNUSED + 5):
+            count(book, HITS, str(number))
+        assert len(take_over(path).inherited[HITS]) == MOST_UNUSED + 5
+
+    def test_in_use_is_inherited_as_used_now(self, path: Path) -> None:
+        """When a series was last in use is when its worker was followed by the next."""
+        count(take_over(path), HITS, "/")
+        assert found(path)["hits", "/"].used == IN_USE
+        take_over(path, now=NOW + 7)
+        assert found(path)["hits", "/"].used == NOW + 7
+        take_over(path, now=NOW + 9)
+        assert found(path)["hits", "/"].used == NOW + 7
+
+
+class TestSpace:
+    """It is allocated ahead, so that a full disk is a sentence and no SIGBUS."""
+
+    def test_is_allocated_ahead(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """No record is written where space was not allocated; few births allocate any."""
+        book = take_over(path)
+        calls: list[object] = []
+        real = os.posix_fallocate
+
+        def counted(*arguments: int) -> None:
+            calls.append(arguments)
+            real(*arguments)
+
+        monkeypatch.setattr(os, "posix_fallocate", counted)
+        for number in range(5000):
+            count(book, HITS, f"/{number}")
+            assert book._end <= book._allocated
+        assert 1 <= len(calls) <= 10
+        assert path.stat().st_blocks * 512 >= book._end
+
+    def test_without_fallocate(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Zeros are written where the system has no posix_fallocate, or the file system does not know it."""
+        monkeypatch.delattr(os, "posix_fallocate")
+        book = take_over(path)
+        for number in range(2000):
+            count(book, HITS, f"/{number}")
+        assert path.stat().st_blocks * 512 >= book._end
+        monkeypatch.setattr(os, "posix_fallocate", _failing(errno.EOPNOTSUPP), raising=False)
+        assert len(take_over(path).inherited[HITS]) == 2000
+
+    def test_disk_full_later(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where a disk is full, births fail with a reason, others go on, and the disk is not asked at each birth."""
+        book = take_over(path)
+        cell = count(book, HITS, "/")
+        asked: list[object] = []
+        full = _failing(errno.ENOSPC)
+
+        def counted(*arguments: int) -> None:
+            asked.append(arguments)
+            full()
+
+        monkeypatch.setattr(os, "posix_fallocate", counted)
+        with pytest.raises(LedgerError, match="No space left"):
+            count_many(book)
+        with pytest.raises(LedgerError, match="just now"):
+            count(book, HITS, "/more")
+        book.cells[cell + VALUES] += 1
+        assert len(asked) == 1
+        monkeypatch.undo()
+        take_over(path)
+        assert totals(path)["hits", "/"] == 2
+
+    @pytest.mark.parametrize("call", ["open", "ftruncate", "posix_fallocate", "replace"])
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+    def test_no_take_over(self, path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A take-over that cannot write leaves nothing that a later worker would continue from below what is shown."""
+        count(take_over(path), HITS, "/")
+        descriptors = len(list(Path("/proc/self/fd").iterdir()))
+        real = getattr(os, call)
+
+        def failing(*arguments: Any) -> Any:
+            if call == "open" and not arguments[1] & os.O_CREAT:
+                return real(*arguments)
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, call, failing)
+        with pytest.raises(LedgerError, match=os.strerror(number)):
+            take_over(path)
+        monkeypatch.undo()
+        assert list(path.parent.iterdir()) == []
+        assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+    def test_full(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A ledger that is as large as its mapping takes no more series."""
+        monkeypatch.setattr(ledger, "SIZE", 2**18)
+        book = take_over(path)
+        with pytest.raises(LedgerError, match="it is full"):
+            count_many(book)
+        assert len(take_over(path).inherited[HITS]) > 1000
+
+    @pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+    def test_birth_within_growth(self, path: Path, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A birth by a signal handler that interrupts growth finds room, or is refused, and does no harm."""
+        if call == "pwrite":
+            monkeypatch.delattr(os, "posix_fallocate")
+        book = take_over(path)
+        real, inner, refused = getattr(os, call), iter(range(10_000)), []
+
+        def interrupted(*arguments: Any) -> Any:
+            monkeypatch.setattr(os, call, real)
+            try:
+                for _ in range(1000):
+                    count(book, HITS, f"/inner/{next(inner)}")
+            except LedgerError as error:
+                refused.append(str(error))
+            monkeypatch.setattr(os, call, interrupted)
+            return real(*arguments)
+
+        monkeypatch.setattr(os, call, interrupted)
+        for number in range(1500):
+            count(book, HITS, f"/{number}")
+        born = next(inner)
+        monkeypatch.setattr(os, call, real)
+        found = take_over(path).inherited[HITS]
+        assert len([labels for labels in found if "inner" not in labels[0]]) == 1500
+        assert len(found) - 1500 == born - len(refused)
+        assert (call == "pwrite") == bool(refused)
+
+
+def _failing(number: int) -> Callable[..., None]:
+    def fail(*_arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail

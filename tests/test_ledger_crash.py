@@ -1,0 +1,260 @@
+"""A process that is killed anywhere: at each line of ours in take-over, births, growth, removal and reset.
+
+What stands between two lines of Python is a call of the system at most, so this stops before and after each of them.
+"""
+
+import mmap
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from consul_prom import cells, continued, ledger
+from consul_prom.continued import ContinuedRegistry
+from consul_prom.errors import LedgerError
+from consul_prom.ledger import Ledger
+
+OURS: Final = {module.__file__ for module in (cells, continued, ledger)}
+KILLED: Final = 9
+WHOLE: Final = 0
+SERIES: Final = ("old", "kept", "reborn", "new", "early", "reset")
+BASE: Final = {"old": 10, "kept": 20, "reborn": 30, "reset": 40}
+TRIED, DONE, SHOWN = range(3)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapping of a size that is copied quickly."""
+    monkeypatch.setattr(ledger, "SIZE", 2**19)
+
+
+class Tally:
+    """What a process tried and did, in memory that outlives it: for each series, three numbers."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 4096)
+        self.numbers = memoryview(self.memory).cast("q")
+
+    def of(self, series: str, what: int) -> int:
+        return int(self.numbers[3 * SERIES.index(series) + what])
+
+    def put(self, series: str, what: int, number: int) -> None:
+        self.numbers[3 * SERIES.index(series) + what] = number
+
+    def clear(self) -> None:
+        self.memory[:] = bytes(4096)
+
+
+class Shop:
+    """A worker's metrics in a ledger; each increment is noted before and after."""
+
+    def __init__(self, path: Path, tally: Tally | None = None) -> None:
+        self.tally = tally or Tally()
+        self.registry = CollectorRegistry()
+        self.hits = Counter("hits", "-", ["x"], registry=self.registry)
+        self.plain = Counter("reset", "-", registry=self.registry)
+        if tally:
+            self.inc("early", 3)
+            self.inc("old", 4)
+        self.continued = ContinuedRegistry(
+            self.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=1_000_000)
+        )
+
+    def inc(self, series: str, amount: int) -> None:
+        metric = self.plain if series == "reset" else self.hits.labels(series)
+        self.tally.put(series, TRIED, self.tally.of(series, TRIED) + amount)
+        metric.inc(amount)
+        self.tally.put(series, DONE, self.tally.of(series, DONE) + amount)
+
+    def page(self) -> dict[str, int]:
+        found = {}
+        for family in self.continued.collect():
+            for sample in family.samples:
+                if sample.name.endswith("_total"):
+                    found[sample.labels.get("x", "reset")] = int(sample.value)
+        return found
+
+    def scrape(self) -> None:
+        for series, value in self.page().items():
+            self.tally.put(series, SHOWN, value)
+
+
+def prepare(path: Path) -> None:
+    """The ledger of a worker before, which was killed."""
+    shop = Shop(path)
+    for series, count in BASE.items():
+        shop.inc(series, count)
+
+
+def live(begin: Callable[[], Shop]) -> None:
+    """A worker's whole life."""
+    shop = begin()
+    shop.scrape()
+    shop.inc("old", 1)
+    shop.inc("new", 1)
+    shop.scrape()
+    shop.inc("kept", 5)
+    Histogram("late", "-", ["x"], registry=shop.registry, buckets=(1, 2)).labels("a").observe(1)
+    shop.inc("new", 1)
+    shop.scrape()
+    shop.continued.close()
+
+
+def test_killed_anywhere(tmp_path: Path) -> None:
+    """The next worker continues with all that was counted: no less than was shown or done, no more than was tried."""
+    tally, points = _points(tmp_path, live, lambda path, tally: lambda: Shop(path, tally))
+    for _ in points:
+        page = Shop(tmp_path / "ledger").page()
+        for series in SERIES:
+            base, value = BASE.get(series, 0), page.get(series, 0)
+            early = 4 * (series == "old") + 3 * (series == "early")  # counted before the ledger was opened
+            assert base + tally.of(series, DONE) - early <= value <= base + tally.of(series, TRIED), series
+            assert value >= tally.of(series, SHOWN), series
+        assert page["kept"] >= BASE["kept"]
+    assert page["old"] == 15
+    assert page["early"] == 3
+
+
+def test_killed_in_growth(tmp_path: Path) -> None:
+    """So it is where the file grows."""
+
+    def grow(shop: Shop) -> None:
+        end = shop.continued._ledger._allocated - shop.continued._ledger._end
+        shop.continued._ledger._write(b"\0" * (end - 64))
+        shop.continued._ledger._end -= end - 64
+        shop.continued._ledger._allocated = shop.continued._ledger._end
+        shop.inc("new", 2)
+        shop.inc("old", 1)
+        shop.scrape()
+
+    tally, points = _points(tmp_path, grow, Shop)
+    for _ in points:
+        page = Shop(tmp_path / "ledger").page()
+        for series in ("old", "new", "kept"):
+            early = 4 * (series == "old")
+            base = BASE.get(series, 0)
+            assert base + tally.of(series, DONE) - early <= page.get(series, 0) <= base + tally.of(series, TRIED)
+            assert page.get(series, 0) >= tally.of(series, SHOWN)
+
+
+def test_killed_in_removal(tmp_path: Path) -> None:
+    """A removal, a rebirth, a reset is done or not: never half of it, never both values."""
+
+    def remove(shop: Shop) -> None:
+        shop.hits.remove("reborn")
+        shop.hits.labels("reborn").inc(1)
+        shop.hits.remove("reborn")
+        shop.plain.reset()
+        shop.plain.inc(2)
+
+    _, points = _points(tmp_path, remove, Shop)
+    seen = set()
+    for _ in points:
+        page = Shop(tmp_path / "ledger").page()
+        seen.add((page.get("reborn"), page["reset"]))
+    assert seen == {(30, 40), (None, 40), (0, 40), (1, 40), (None, 0), (None, 2)}
+
+
+@pytest.mark.parametrize("error", [28, 5, 30], ids=["ENOSPC", "EIO", "EROFS"])
+def test_every_call_fails(tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever call of the system fails, a take-over is whole, or is refused and leaves no ledger behind."""
+    path, kept = tmp_path / "ledger", tmp_path / "kept"
+    prepare(kept)
+    outcomes = set()
+    number = 0
+    while True:
+        shutil.copy(kept, path)
+        failing = _Failing(number, error)
+        with monkeypatch.context() as patch:
+            patch.setattr(ledger, "os", failing)
+            try:
+                Ledger.take_over(path, boot="b", instance="web-1:0", now=1_000_000)
+                outcomes.add("whole")
+            except LedgerError:
+                outcomes.add("none")
+                assert not path.exists()
+        rest = Shop(path).page()
+        assert all(rest.get(series, 0) in {0, count} for series, count in BASE.items())
+        assert rest.get("old", 0) == 0 or [rest[series] for series in BASE] == list(BASE.values())
+        if failing.calls <= number:
+            break
+        number += 1
+    assert outcomes == {"whole", "none"}
+    assert number >= 6
+
+
+class _Failing:
+    """The module os, of which the call of that number fails; not so those that clean up."""
+
+    def __init__(self, number: int, error: int) -> None:
+        self.calls = 0
+        self._number = number
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(os, name)
+        if name not in {"open", "fstat", "ftruncate", "posix_fallocate", "pwrite", "replace"}:
+            return real
+
+        def call(*arguments: Any) -> Any:
+            self.calls += 1
+            if self.calls == self._number + 1:
+                raise OSError(self._error, os.strerror(self._error))
+            return real(*arguments)
+
+        return call
+
+
+def _points(tmp_path: Path, act: Callable[[Any], None], begin: Callable[[Path, Tally], Any]) -> tuple[Tally, Any]:
+    """For each line of ours that *act* runs on what *begin* gives, the ledger of a process that is killed before it."""
+    path, kept, tally = tmp_path / "ledger", tmp_path / "kept", Tally()
+    prepare(kept)
+
+    def points() -> Any:
+        line = 0
+        while True:
+            shutil.copy(kept, path)
+            tally.clear()
+            line += 1
+            outcome = _killed_at(line, act, lambda: begin(path, tally))
+            yield line
+            if outcome == WHOLE:
+                assert line > 50
+                return
+
+    return tally, points()
+
+
+def _killed_at(line: int, act: Callable[[Any], None], begin: Callable[[], Any]) -> int:
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            left = line
+
+            def trace(frame: FrameType, event: str, _argument: object) -> Any:
+                nonlocal left
+                if frame.f_code.co_filename not in OURS:
+                    return None
+                if event == "line":
+                    left -= 1
+                    if not left:
+                        os._exit(KILLED)
+                return trace
+
+            begun = begin()
+            sys.settrace(trace)
+            act(begun)
+            sys.settrace(None)
+            code = WHOLE
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in {WHOLE, KILLED}
+    return code
