@@ -149,8 +149,13 @@ class Worker:
         Before that it waits for a scrape, for *linger* seconds or, where a signal told the process to end, LINGER.
         *last*: the process ends, whoever else has not stopped.
         """
-        if self._life and self._life.mine and (last or self._life.users == 1):
-            self._life.linger(linger)
+        try:
+            if self._life and self._life.mine and (last or self._life.users == 1):
+                self._life.linger(linger)
+        finally:  # somebody may press Ctrl-C
+            self._stop(last=last)
+
+    def _stop(self, *, last: bool) -> None:
         life, self._life = self._life, None
         if life and life.mine:
             with _Life.sharing:
