@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
@@ -49,7 +50,23 @@ class Signals:
 
 
 def await_scrape(scraped_since: Callable[[float], bool], *, goes_on: Callable[[], bool], timeout: float) -> None:
-    """Return when there was a scrape from now on, after *timeout* seconds, or when it no longer *goes_on*."""
+    """Return when there was a scrape from now on, after *timeout* seconds, or when it no longer *goes_on*.
+
+    Meanwhile SIGTERM is ignored: Gunicorn repeats it each second, to those that no longer handle it too.
+    """
     asked_at, ends_at = time.time(), time.monotonic() + timeout
-    while goes_on() and time.monotonic() < ends_at and not scraped_since(asked_at):
-        time.sleep(TICK)
+    with _deaf():
+        while goes_on() and time.monotonic() < ends_at and not scraped_since(asked_at):
+            time.sleep(TICK)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)  # None: it was set by no code of Python's

@@ -152,18 +152,23 @@ class Worker:
         Before that it waits for a scrape, for *linger* seconds or, where a signal told the process to end, LINGER.
         *last*: the process ends, whoever else has not stopped.
         """
-        if self._life and self._life.mine and (last or self._life.users == 1):
-            self._life.linger(linger)
-        with farewell.said(self.stop):
-            life, self._life = self._life, None
-            if life and life.mine:
-                with _Life.sharing:
-                    life.users -= 1
-                    life.leavers -= self._left
-                    self._left = False
-                    last = last or not life.users
-                if last:
-                    life.stop()
+        try:
+            if self._life and self._life.mine and (last or self._life.users == 1):
+                self._life.linger(linger)
+        finally:  # somebody may press Ctrl-C
+            with farewell.said(self.stop):
+                self._stop(last=last)
+
+    def _stop(self, *, last: bool) -> None:
+        life, self._life = self._life, None
+        if life and life.mine:
+            with _Life.sharing:
+                life.users -= 1
+                life.leavers -= self._left
+                self._left = False
+                last = last or not life.users
+            if last:
+                life.stop()
 
     def _await_registration(self, life: "_Life", timeout: float) -> None:
         ends_at = time.monotonic() + timeout

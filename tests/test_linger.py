@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -84,6 +85,25 @@ class TestWait:
 
         await_scrape(scraped_since, goes_on=lambda: True, timeout=60)
         assert len(set(asked)) == 1
+
+    def test_repeated_signal(self) -> None:
+        """Another SIGTERM does not end it, and is handled again afterwards."""
+        before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+
+            def told_again(_when: float) -> bool:
+                signal.raise_signal(signal.SIGTERM)
+                return True
+
+            await_scrape(told_again, goes_on=lambda: True, timeout=60)
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_other_thread(self) -> None:
+        """In another thread nothing is done to signals."""
+        with ThreadPoolExecutor() as pool:
+            pool.submit(await_scrape, lambda _when: True, goes_on=lambda: True, timeout=60).result(10)
 
     def test_time_is_over(self) -> None:
         """It ends with its time."""

@@ -303,7 +303,8 @@ class TestAdopted:
             newborn = pool.submit(slots.acquire, slot_directory, "shop")
             wait_until(lambda: slot.wanted, within=5, what="a wish")
             time.sleep(0.02)
-            assert slot.note and slot.note.words.count("wanted") == 1
+            assert slot.note
+            assert slot.note.words.count("wanted") == 1
             assert not newborn.done()
             slot.release()
             assert newborn.result(10).number == 0

@@ -241,6 +241,20 @@ class TestLinger:
         finally:
             signal.signal(signal.SIGTERM, theirs)
 
+    def test_interrupted(self, agent: DevAgent, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who does not want to wait presses Ctrl-C, and it ends as cleanly."""
+
+        def press(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("consul_prom.worker.await_scrape", press)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        registered(worker)
+        with pytest.raises(KeyboardInterrupt):
+            worker.stop(linger=600)
+        assert not agent.state.services
+
     def test_unregistered(self, agent: DevAgent, make: Make) -> None:
         """Nobody comes to what is not registered, and so it waits for nobody."""
         agent.fault = Fault(status=500)
