@@ -33,6 +33,8 @@ def expect(stop: Stop) -> None:
 def said(stop: Stop) -> Iterator[None]:
     """While this lasts *stop* is done, which SIGTERM does not break off; it is not due any more."""
     _under_way.append(stop)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _handle(_end)
     try:
         yield
     finally:
@@ -57,7 +59,7 @@ def _end(number: int, _frame: object) -> None:
 
 
 def _say_all() -> None:
-    for stop in _due:
+    for stop in tuple(_due):  # each leaves it
         stop()
 
 

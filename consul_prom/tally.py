@@ -89,6 +89,8 @@ class Tally(logging.Filter):
     def _note_ending(self, record: logging.LogRecord) -> None:
         """No hook is told how a worker ended; Gunicorn's log is, right before ``child_exit``."""
         match str(record.msg).partition("%s) ")[2].split(" "), record.args:
+            case ["was", "sent", *_], (int(), "SIGTERM"):
+                pass  # Gunicorn repeats it each second, until it hits who has taken its handlers down already
             case ["was", "sent", *_], (int(pid), str(signal)):
                 self._endings[pid] = signal
             case ["exited", "with", "code", *_], (int(), int(code)) if code in BOOT_FAILURES:

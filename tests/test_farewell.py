@@ -94,6 +94,15 @@ def test_signal_while_another_thread_stops(run: Run) -> None:
     assert rest(process) == (-signal.SIGTERM, "said\n")
 
 
+def test_handler_taken_down(run: Run) -> None:
+    """Nor where the server has taken its own handler down by then, as Gunicorn's workers do."""
+    script = "signal.signal(signal.SIGTERM, lambda *_: None); farewell.expect(stop)"
+    process = run(script + "; signal.signal(signal.SIGTERM, signal.SIG_DFL); stop(); signal.pause()", seconds=0.3)
+    assert hears(process, "begun")
+    process.terminate()
+    assert rest(process) == (-signal.SIGTERM, "said\n")
+
+
 def test_second_signal(run: Run) -> None:
     """A second signal, as multiprocessing sends to those who do not die of the first at once, breaks nothing off."""
     process = run("farewell.expect(stop); tell('ready'); signal.pause()", seconds=0.3)

@@ -70,6 +70,14 @@ def test_complete(slot_directory: Path, *, wanted: int, alive: int, slots: int, 
     assert Masters(slot_directory, "shop").complete(slots) == complete
 
 
+def test_told_twice(slot_directory: Path) -> None:
+    """A worker that Gunicorn's second SIGTERM hits on its way out was stopped, as it was told."""
+    tally = Tally(slot_directory, "shop")
+    ended(tally, 11, "SIGTERM")
+    tally.exited(11, timeout=False, left=False)
+    assert samples(slot_directory)['gunicorn_worker_exits_total{master="0",reason="stop",signal=""}'] == 1
+
+
 def test_begins_at_zero(slot_directory: Path) -> None:
     """What has not happened yet is 0, so that the first time is an increase."""
     Tally(slot_directory, "shop")
