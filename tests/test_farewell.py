@@ -63,6 +63,19 @@ def test_end_of_python(run: Run) -> None:
     assert rest(run("farewell.expect(stop)")) == (0, "begun\nsaid\n")
 
 
+def test_several(run: Run) -> None:
+    """Each worker of a process says its own."""
+    script = """
+def other():
+    with farewell.said(other):
+        tell("other")
+
+farewell.expect(stop)
+farewell.expect(other)
+"""
+    assert rest(run(script)) == (0, "begun\nsaid\nother\n")
+
+
 def test_nothing_due(run: Run) -> None:
     """What has been said is not said again, and the signal's handling is as before."""
     script = "farewell.expect(stop); stop(); tell(signal.getsignal(signal.SIGTERM).name)"
