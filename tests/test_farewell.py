@@ -72,8 +72,9 @@ def other():
 
 farewell.expect(stop)
 farewell.expect(other)
+signal.raise_signal(signal.SIGTERM)
 """
-    assert rest(run(script)) == (0, "begun\nsaid\nother\n")
+    assert rest(run(script)) == (-signal.SIGTERM, "begun\nsaid\nother\n")
 
 
 def test_nothing_due(run: Run) -> None:
