@@ -9,15 +9,17 @@ import html
 import ipaddress
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
+from http import HTTPStatus
 from typing import Any, Final
 from weakref import WeakSet
 
@@ -32,6 +34,13 @@ START_DEADLINE: Final = 5.0
 FORK_PATIENCE: Final = 5.0
 ASK_AGENT: Final = 2.0
 REPEAT_LOG: Final = 600.0
+SLICE: Final = 0.001
+CHUNK: Final = 65_536
+READING: Final = 30.0
+PAGES_READ: Final = 8
+_NOTHING_PLAIN: Final = re.compile(r"(identity|\*)\s*;\s*q=0(\.0*)?\s*(,|$)")
+
+Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], Iterable[bytes]]]
 
 
 class MetricsThread:
@@ -249,17 +258,50 @@ async def find_address(ask_agent: Callable[[], Awaitable[Mapping[str, Any]]]) ->
         await asyncio.sleep(ASK_AGENT)
 
 
+class _Page:
+    """A page that was written, and who still reads it."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self.readers: set[asyncio.Transport] = set()
+
+    async def send(self, request: web.BaseRequest) -> web.StreamResponse:
+        """No faster than it is taken, so that a slow reader costs one buffer; in READING seconds, or not at all."""
+        response = web.StreamResponse(status=self.status, headers=self.headers)
+        response.content_length = len(self.body)
+        transport = request.transport
+        if transport is None:  # it went away
+            return response
+        self.readers.add(transport)
+        try:
+            async with asyncio.timeout(READING):
+                await response.prepare(request)
+                for start in range(0, len(self.body) if request.method == "GET" else 0, CHUNK):
+                    await response.write(memoryview(self.body)[start : start + CHUNK])
+                await response.write_eof()
+        except TimeoutError:
+            transport.abort()
+        except ConnectionError:
+            log.debug("a scraper went away before it had the page")
+        finally:
+            self.readers.discard(transport)
+        return response
+
+
 class Endpoint:
     """``/metrics``, ``/-/healthy`` and a page for people on one socket.
 
-    *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers and body.
-    *about* tells the page for people what to show. *on_scrape* is told the seconds that rendering took.
+    *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers and the
+    pieces of the page, which is written only as they are asked for. Equal headers and names mean equal pages.
+    *about* tells the page for people what to show. *on_scrape* is told the seconds that a page was waited for.
     """
 
     def __init__(
         self,
         *,
-        render: Callable[[str, str, list[str]], tuple[Mapping[str, str], bytes]],
+        render: Render,
         about: Callable[[], Mapping[str, str]],
         on_scrape: Callable[[float], None],
     ) -> None:
@@ -268,6 +310,9 @@ class Endpoint:
         self._on_scrape = on_scrape
         self._server = web.Server(self._handle, access_log=None, logger=_ServerLog(log))
         self._listener: asyncio.Server | None = None
+        self._writing: dict[tuple[object, ...], asyncio.Task[_Page]] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._read: list[_Page] = []
         self._broken_at: float | None = None
         self.last_scrape: float | None = None
 
@@ -279,37 +324,72 @@ class Endpoint:
         if self._listener:
             self._listener.close()
         await self._server.shutdown(grace)
+        for task in self._writing.values():
+            task.cancel()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        answers = {"/metrics": self._scrape, "/-/healthy": self._healthy, "/": self._home}
-        answer = answers.get(request.path)
-        if answer is None:
+        answers = {"/-/healthy": self._healthy, "/": self._home}
+        if request.path not in {"/metrics", *answers}:
             return web.Response(status=404, text="not found\n")
         if request.method not in {"GET", "HEAD"}:
             return web.Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD"})
-        return answer(request)
+        return answers[request.path](request) if request.path in answers else await self._scrape(request)
 
-    def _scrape(self, request: web.BaseRequest) -> web.Response:
+    async def _scrape(self, request: web.BaseRequest) -> web.StreamResponse:
         self.last_scrape, begun = time.time(), time.perf_counter()
-        accept, coding = request.headers.get("Accept", ""), request.headers.get("Accept-Encoding", "")
-        try:
+        page = await self._page(request)
+        if page.status == HTTPStatus.OK:
             with FORKING:
-                headers, body = self._render(accept, coding, request.query.getall("name[]", []))
-        except BaseException as error:  # noqa: BLE001  # whatever an application's collector may raise
-            return self._failed(error)
-        with FORKING:
-            self._on_scrape(time.perf_counter() - begun)
+                self._on_scrape(time.perf_counter() - begun)
+        return await page.send(request)
+
+    async def _page(self, request: web.BaseRequest) -> _Page:
+        """The page that is asked for. Who asks for one that is being written waits for the same."""
+        names = request.query.getall("name[]", [])
+        headers, pieces = self._render(request.headers.get("Accept", ""), _accepted_encoding(request), names)
+        wanted = *headers.items(), *names
+        if wanted not in self._writing:
+            task = self._writing[wanted] = asyncio.create_task(self._write(headers, iter(pieces)))
+            task.add_done_callback(lambda _: self._writing.pop(wanted))
+        return await asyncio.shield(self._writing[wanted])  # who goes away takes it from nobody
+
+    async def _write(self, headers: Mapping[str, str], pieces: Iterator[bytes]) -> _Page:
+        """In slices of a millisecond, between which the application's threads have the interpreter for themselves."""
+        written = []
+        async with self._one_at_a_time:
+            begun = time.perf_counter()
+            while True:
+                try:
+                    with FORKING:
+                        piece = next(pieces, None)
+                except BaseException as error:  # noqa: BLE001  # whatever an application's collector may raise
+                    return self._failed(error)
+                if piece is None:
+                    break
+                written.append(piece)
+                if time.perf_counter() - begun > SLICE:
+                    await asyncio.sleep(SLICE)
+                    begun = time.perf_counter()
         if self._broken_at is not None:
             log.info("the metrics can be rendered again")
         self._broken_at = None
-        return web.Response(body=body, headers=headers)
+        return self._keep(_Page(HTTPStatus.OK, headers, b"".join(written)))
 
-    def _failed(self, error: BaseException) -> web.Response:
+    def _keep(self, page: _Page) -> _Page:
+        """So that readers which stall hold no more memory than a few pages: the oldest of these are cut off."""
+        self._read = [*(kept for kept in self._read if kept.readers), page]
+        while len(self._read) > PAGES_READ:
+            for reader in self._read.pop(0).readers:
+                reader.abort()
+        return page
+
+    def _failed(self, error: BaseException) -> _Page:
         now = time.monotonic()
         if self._broken_at is None or now - self._broken_at > REPEAT_LOG:
             log.warning("the metrics cannot be rendered; a collector raised", exc_info=error)
             self._broken_at = now
-        return web.Response(status=500, text=f"a collector raised {type(error).__name__}\n")
+        text = f"a collector raised {type(error).__name__}\n"
+        return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
 
     def _healthy(self, _request: web.BaseRequest) -> web.Response:
         return web.Response(text="healthy\n")
@@ -321,6 +401,13 @@ class Endpoint:
             for key, value in {**self._about(), "last scrape": ago}.items()
         )
         return web.Response(text=_HOME.format(rows=rows), content_type="text/html")
+
+
+def _accepted_encoding(request: web.BaseRequest) -> str:
+    """What the request accepts; over loopback bytes cost less than compressing them, unless plain ones are refused."""
+    accepted = request.headers.get("Accept-Encoding", "")
+    is_near = request.remote and ipaddress.ip_address(request.remote).is_loopback
+    return "" if is_near and not _NOTHING_PLAIN.search(accepted.lower()) else accepted
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

@@ -3,17 +3,16 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final
 
-from consul_prom.endpoint import Endpoint
+from consul_prom.endpoint import Endpoint, Render
 from consul_prom.errors import AgentError
 from consul_prom.registrar import AgentAPI, Registrar
 from consul_prom.registration import Registration
 
 log = logging.getLogger(__name__)
 
-Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], bytes]]
 MOMENT: Final = 0.05
 
 

@@ -6,10 +6,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, ClassVar, Unpack
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
@@ -19,7 +18,7 @@ from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient
 from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
-from consul_prom.exposition import render
+from consul_prom.exposition import Renderer
 from consul_prom.guest import Guest
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build, origin
@@ -279,7 +278,7 @@ class _Life:
                 self._client = AgentClient(self.settings)
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
-            render = partial(_render, self._registry)
+            render = Renderer(self._registry).render
             self._endpoint = Endpoint(render=render, about=self._about, on_scrape=self._metrics.scraped)
             assert self._listener  # noqa: S101  # `listen` has set it or raised
             await self._endpoint.serve(self._listener)
@@ -317,7 +316,7 @@ class _Life:
         """A guest in *slot*, on a socket of its own."""
         listener = listen(self.settings.bind or self._address, self.settings.port.candidates(slot.number))
         wanted = self._registration(slot, listener)
-        guest = Guest(client, wanted, listener, render=partial(_render, registry), intact=lambda: slot.intact)
+        guest = Guest(client, wanted, listener, render=Renderer(registry).render, intact=lambda: slot.intact)
         await guest.start()
         return guest
 
@@ -388,12 +387,6 @@ class _Life:
 
 async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
     await asyncio.wait({task}, timeout=timeout)
-
-
-def _render(
-    registry: CollectorRegistry, accept: str, accept_encoding: str, names: list[str]
-) -> tuple[Mapping[str, str], bytes]:
-    return render(registry, accept=accept, accept_encoding=accept_encoding, names=names)
 
 
 class _OwnMetrics:

@@ -20,9 +20,9 @@ PACKAGE = ROOT / "consul_prom"
 # A module imports only from rows with a smaller number. Modules that are not written yet have their place too.
 ROWS = {
     0: ["errors"],
-    1: ["settings", "slots", "ledger", "webconfig", "devagent"],
-    2: ["wire", "endpoint", "registration", "exposition", "requests", "routes", "snippets", "tally"],
-    3: ["client", "registrar", "caretaker", "undertaker"],
+    1: ["settings", "slots", "ledger", "webconfig", "devagent", "family"],
+    2: ["wire", "endpoint", "registration", "kinds", "requests", "routes", "snippets", "tally"],
+    3: ["client", "registrar", "exposition", "caretaker", "undertaker"],
     4: ["guest"],
     5: ["worker", "master", "discovery", "screen"],
     6: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
@@ -44,7 +44,7 @@ OWNERS = {
     "gunicorn": {"demo"},
 }
 OWNERS_FOR_TYPES = {"gunicorn": {"gunicorn"}}
-OWNERS_OF_INTERNALS = {"prometheus_client": {"ledger", "exposition"}}
+OWNERS_OF_INTERNALS = {"prometheus_client": {"ledger", "exposition", "family", "kinds"}}
 OWNER_OF_THE_ENVIRONMENT = "settings"
 
 

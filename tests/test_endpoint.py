@@ -57,15 +57,42 @@ class Served:
     def __init__(self, address: str = "127.0.0.1") -> None:
         self.asked: list[tuple[str, str, list[str]]] = []
         self.took: list[float] = []
+        self.written = 0
         self.page: Callable[[], bytes] = lambda: b"one 1.0\n"
+        self.pieces = self._whole
         self.facts: dict[str, str] = {"service": "shop", "instance": "web-1:0"}
         self.thread = MetricsThread()
         self.listener = listen(address, [0])
         self.address, self.port = self.listener.getsockname()[:2]
 
-    def render(self, accept: str, coding: str, names: list[str]) -> tuple[Headers, bytes]:
+    def render(self, accept: str, coding: str, names: list[str]) -> tuple[Headers, Iterator[bytes]]:
         self.asked.append((accept, coding, names))
-        return {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Vary": "Accept"}, self.page()
+        return {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Vary": "Accept"}, self._pieces()
+
+    def _pieces(self) -> Iterator[bytes]:
+        self.written += 1
+        yield from self.pieces()
+
+    def _whole(self) -> Iterator[bytes]:
+        yield self.page()
+
+    @contextmanager
+    def holding(self) -> Iterator[threading.Event]:
+        """Meanwhile pages are begun, and ended only when the event is set."""
+        event = threading.Event()
+
+        def pieces() -> Iterator[bytes]:
+            while not event.is_set():
+                time.sleep(0.002)
+                yield b""
+            yield self.page()
+
+        self.pieces = pieces
+        try:
+            yield event
+        finally:
+            event.set()
+            self.pieces = self._whole
 
     def start(self) -> None:
         self.thread.start()
@@ -524,9 +551,25 @@ class TestMetrics:
         assert (answer.status, answer.body) == (200, b"one 1.0\n")
         assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         assert answer.headers["Vary"] == "Accept"
-        assert served.asked == [("text/plain", "gzip", [])]
+        assert served.asked == [("text/plain", "", [])]
         assert len(served.took) == 1
         assert 0 <= served.took[0] < DEADLINE
+
+    @pytest.mark.parametrize(
+        ("accepted", "is_asked"),
+        [
+            ("gzip", False),
+            ("gzip, identity;q=0.5", False),
+            ("gzip, identity;q=0.05", False),
+            ("gzip, identity;q=0", True),
+            ("gzip;q=1.0, Identity ; q=0.000", True),
+            ("*;q=0, gzip", True),
+        ],
+    )
+    def test_nothing_is_compressed_over_loopback(self, served: Served, accepted: str, *, is_asked: bool) -> None:
+        """Over loopback the page is not to be compressed, unless plain pages are refused."""
+        served.ask("/metrics", Accept_Encoding=accepted)
+        assert [coding for _, coding, _ in served.asked] == [accepted if is_asked else ""]
 
     def test_no_headers_at_all(self, served: Served) -> None:
         """A request without Accept headers asks for nothing special."""
@@ -583,6 +626,129 @@ class TestMetrics:
         before = time.time()
         served.ask()
         assert before <= (served.endpoint.last_scrape or 0) <= time.time()
+
+
+class TestReaders:
+    """Readers that are many, slow, or gone."""
+
+    def test_same_page_at_once(self, served: Served) -> None:
+        """Who asks for a page that is being written gets the same one."""
+        with served.holding() as go_on:
+            clients = [served.connect() for _ in range(100)]
+            for client in clients:
+                client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            wait_until(lambda: len(served.asked) == 100, within=DEADLINE, what="all have asked")
+            go_on.set()
+        assert [_all_of(client).endswith(b"one 1.0\n") for client in clients] == [True] * 100
+        for client in clients:
+            client.close()
+        assert served.written == 1
+        assert len(served.took) == 100
+        served.ask()
+        assert served.written == 2
+
+    def test_other_page_at_once(self, served: Served) -> None:
+        """A page of other names is another one, and waits until the first is written."""
+        with served.holding() as go_on, served.connect() as first, served.connect() as second:
+            first.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            second.sendall(b"GET /metrics?name[]=a HTTP/1.0\r\n\r\n")
+            wait_until(lambda: len(served.asked) == 2, within=DEADLINE, what="both have asked")
+            assert served.ask(HEALTH_PATH).status == 200
+            assert served.written == 1
+            go_on.set()
+            assert _all_of(first).endswith(b"one 1.0\n")
+            assert _all_of(second).endswith(b"one 1.0\n")
+        assert served.written == 2
+
+    def test_one_that_asked_first_goes_away(self, served: Served) -> None:
+        """Who shares a page with one that goes away still gets it."""
+        with served.holding() as go_on, served.connect() as second:
+            with served.connect() as first:
+                first.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                wait_until(lambda: served.written, within=DEADLINE, what="the page is begun")
+            second.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            wait_until(lambda: len(served.asked) == 2, within=DEADLINE, what="both have asked")
+            go_on.set()
+            assert _all_of(second).endswith(b"one 1.0\n")
+
+    def test_stalled_readers(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Readers that stall hold a few pages at most; then the oldest are cut off, and others are served as ever."""
+        served.page = lambda: os.urandom(1) * 20_000_000
+        stalled = []
+        for number in range(module.PAGES_READ + 2):
+            client = served.connect()
+            stalled.append(client)
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: len(served.took) == number + 1, within=DEADLINE, what="the page is written")  # noqa: B023
+        assert len(served.endpoint._read) == module.PAGES_READ
+        served.page = lambda: b"one 1.0\n"
+        assert served.ask().body == b"one 1.0\n"
+        whole = [_is_whole(client, 20_000_000) for client in stalled]
+        assert whole == [False] * 3 + [True] * (module.PAGES_READ - 1)
+        for client in stalled:
+            client.close()
+
+    def test_many_stalled_readers_of_one_page(self, served: Served) -> None:
+        """A hundred readers that stall in the same page cost it once, and a buffer each."""
+        served.page = lambda: b"x" * 20_000_000
+        served.ask()
+        before = _resident()
+        with served.holding() as go_on:
+            stalled = [served.connect() for _ in range(100)]
+            for client in stalled:
+                client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: len(served.asked) == 101, within=DEADLINE, what="all have asked")
+            go_on.set()
+        wait_until(lambda: len(served.took) == 101, within=DEADLINE, what="the page is written")
+        assert served.ask(HEALTH_PATH).status == 200
+        assert _resident() - before < 200_000_000
+        for client in stalled:
+            client.close()
+
+    def test_reader_that_never_ends(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A reader that has not taken the page in time is cut off."""
+        monkeypatch.setattr(module, "READING", 0.2)
+        served.page = lambda: b"x" * 20_000_000
+        with served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: served.took, within=DEADLINE, what="the page is written")
+            (page,) = served.endpoint._read
+            wait_until(lambda: not page.readers, within=DEADLINE, what="it is cut off")
+            assert not _is_whole(client, 20_000_000)
+
+    def test_page_in_slices(self, served: Served) -> None:
+        """While a page is written others are answered."""
+        begun = threading.Event()
+
+        def pieces() -> Iterator[bytes]:
+            while not ends.is_set():
+                begun.set()
+                time.sleep(0.002)
+                yield b""
+            yield b"one 1.0\n"
+
+        ends = threading.Event()
+        served.pieces = pieces
+        with served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            assert begun.wait(DEADLINE)
+            assert served.ask(HEALTH_PATH).status == 200
+            ends.set()
+            assert _all_of(client).endswith(b"one 1.0\n")
+
+
+def _is_whole(client: socket.socket, size: int) -> bool:
+    """Whether an answer of so many bytes came; it is read now."""
+    read = 0
+    with suppress(ConnectionError):
+        while read < size and (found := client.recv(1_000_000)):
+            read += len(found)
+    return read >= size
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class TestBrokenCollector:
@@ -731,7 +897,7 @@ class TestClose:
         nothing: Callable[[], Headers] = dict
 
         async def close() -> None:
-            await Endpoint(render=lambda *_: ({}, b""), about=nothing, on_scrape=lambda _seconds: None).aclose()
+            await Endpoint(render=lambda *_: ({}, []), about=nothing, on_scrape=lambda _seconds: None).aclose()
 
         thread.spawn(close()).result(DEADLINE)
 
@@ -752,7 +918,7 @@ import sys, time
 from consul_prom.endpoint import Endpoint, MetricsThread, listen
 
 async def serve():
-    await Endpoint(render=lambda *_: ({}, b"one 1.0\\n"), about=dict, on_scrape=lambda seconds: None).serve(server)
+    await Endpoint(render=lambda *_: ({}, [b"one 1.0\\n"]), about=dict, on_scrape=lambda seconds: None).serve(server)
 
 server = listen("127.0.0.1", [0])
 thread = MetricsThread()
