@@ -14,8 +14,8 @@ from prometheus_async.aio.web import MetricsHTTPServer
 from prometheus_async.types import Deregisterer
 
 from consul_prom import __version__
+from consul_prom.address import find_address
 from consul_prom.client import AgentClient
-from consul_prom.endpoint import find_address
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build

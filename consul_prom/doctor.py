@@ -17,9 +17,9 @@ from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlencode
 
 from consul_prom import caretaker, slots
+from consul_prom.address import is_local
 from consul_prom.caretaker import Entry
 from consul_prom.client import AgentClient
-from consul_prom.endpoint import is_local
 from consul_prom.errors import AgentDenied, AgentError, ConsulPromError
 from consul_prom.registrar import WATCHING_SLOTS
 from consul_prom.registration import origin, parse_entry_id

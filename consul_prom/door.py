@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-PLACES: Final = 64
+PLACES: Final = 128
 FIRST_REQUEST: Final = 10.0
 """Seconds from a connection to the end of its first request's head, a TLS handshake included."""
 SILENCE: Final = 90.0

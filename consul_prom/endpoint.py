@@ -1,278 +1,43 @@
-"""The metrics HTTP server, and the daemon thread with an event loop of its own that everything of ours runs in.
+"""The metrics HTTP server: ``/metrics``, ``/-/healthy`` and a page for people on one socket."""
 
-A blocked application is still scraped from there, and neither its loop nor ours slows the other.
-"""
-
-import asyncio
-import errno
 import html
-import ipaddress
 import logging
-import os
-import signal
 import socket
-import sys
-import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from contextlib import suppress
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
-from weakref import WeakSet
 
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web import BaseRequest, Response, Server
+from aiohttp.web import BaseRequest, Response, Server, StreamResponse
 
 from consul_prom.door import Door, Network
-from consul_prom.errors import AgentDenied, AgentError, EndpointError
+from consul_prom.scrape import Render, Scrapes
 from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
 
-START_DEADLINE: Final = 5.0
-FORK_PATIENCE: Final = 5.0
-ASK_AGENT: Final = 2.0
-REPEAT_LOG: Final = 600.0
 MOST_HEADERS: Final = 64  # of 8 KiB each
 _HEALTHY: Final = "/-/healthy"  # which asks for no password: the agent has none
 
 
-class MetricsThread:
-    """A daemon thread with an event loop. Nothing that it runs can keep the process from ending."""
-
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ended: Future[None] = Future()
-        _THREADS.add(self)
-
-    def start(self) -> None:
-        """Returns when the loop runs.
-
-        Raises:
-            EndpointError: the system gave no thread or no descriptors.
-        """
-        started: Future[asyncio.AbstractEventLoop] = Future()
-        try:
-            _start_thread(partial(_run_loop, started, self._ended))
-            self._loop = started.result(timeout=START_DEADLINE)
-        except (RuntimeError, OSError, TimeoutError) as error:
-            raise EndpointError(f"the metrics thread cannot start: {str(error) or type(error).__name__}") from error
-
-    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run *coroutine* in the thread's loop."""
-        if self._loop is None or self._loop.is_closed():
-            coroutine.close()
-            raise EndpointError("the metrics thread does not run")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        future.add_done_callback(_log_surprise)
-        return future
-
-    def descriptors(self) -> list[int]:
-        """The sockets of the loop, and what it watches them with."""
-        loop: Any = self._loop
-        if loop is None or loop.is_closed():
-            return []
-        selector = loop._selector  # noqa: SLF001  # asyncio shows its descriptors in no other way
-        return [*selector.get_map(), loop._csock.fileno(), selector.fileno()]  # noqa: SLF001
-
-    def stop(self, timeout: float) -> bool:
-        """Cancel all that runs, end the thread; False where that took longer than *timeout* seconds."""
-        if self._loop is None:
-            return True
-        with suppress(RuntimeError):  # closed already
-            self._loop.call_soon_threadsafe(self._loop.stop)
-        return self._ended in wait([self._ended], timeout).done
-
-
-# A thread does not follow into a child that the application forks, but its descriptors and the locks that it held do.
-_THREADS: Final[WeakSet[MetricsThread]] = WeakSet()
-FORKING: Final = threading.RLock()
-"""Held while the metrics thread may hold a lock of prometheus_client's: a fork waits for it."""
-
-
-def _before_fork() -> None:
-    FORKING.acquire(timeout=FORK_PATIENCE)  # a collector that hangs must not hold the application's fork
-
-
-def _after_fork_in_parent() -> None:
-    with suppress(RuntimeError):  # it was not acquired
-        FORKING.release()
-
-
-def _after_fork_in_child() -> None:
-    """Let go of the parent's sockets. A plain close would let their numbers be used again, under our objects' feet."""
-    FORKING._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001  # its owner may be a thread that is gone
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    for thread in list(_THREADS):
-        for descriptor in thread.descriptors():
-            os.dup2(null, descriptor, inheritable=False)
-    os.close(null)
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-
-
-def _log_surprise(future: Future[Any]) -> None:
-    """What nobody expected must not vanish with a future that nobody asks."""
-    if not future.cancelled() and (error := future.exception()):
-        log.error("consul-prom did not expect this", exc_info=error)
-
-
-def _start_thread(run: Callable[[], None]) -> None:
-    """A daemon thread, and a true one: gevent makes threads greenlets, which stand still when the application does.
-
-    In a process of gevent's, its hub and its resolver must be there before: made by two threads, they wait for each
-    other.
-    """
-    monkey: Any = sys.modules.get("gevent.monkey")
-    if monkey and monkey.is_module_patched("threading"):
-        hub = sys.modules["gevent"].get_hub()
-        _ = hub.resolver, hub.threadpool
-        monkey.get_original("_thread", "start_new_thread")(run, ())
-    else:
-        threading.Thread(target=run, name="consul-prom", daemon=True).start()
-
-
-def _run_loop(started: "Future[asyncio.AbstractEventLoop]", ended: "Future[None]") -> None:
-    try:
-        # Signals are the main thread's: one that is delivered here would not wake it from a system call.
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        loop = asyncio.SelectorEventLoop()
-    except OSError as error:
-        started.set_exception(error)
-        return
-    asyncio.set_event_loop(loop)
-    loop.call_soon(started.set_result, loop)
-    try:
-        loop.run_forever()
-        loop.run_until_complete(_end(asyncio.all_tasks(loop)))
-    finally:
-        loop.close()
-        ended.set_result(None)
-
-
-async def _end(tasks: set[asyncio.Task[Any]]) -> None:
-    """Cancel *tasks*, after a moment for those that were closing something."""
-    for patience in (0.2, 1):
-        tasks = (await asyncio.wait(tasks, timeout=patience))[1] if tasks else tasks
-        for task in tasks:
-            task.cancel()
-
-
-def listen(address: str, ports: Iterable[int]) -> socket.socket:
-    """A listening socket of one address family on the first of *ports* that is free.
-
-    Raises:
-        EndpointError: names the setting to change.
-    """
-    tried = []
-    for port in ports:
-        server = socket.socket(_family(address), socket.SOCK_STREAM)
-        try:
-            # The slot's next worker may have the port at once; two listeners it does not allow.
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if server.family == socket.AF_INET6:
-                server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # or `::` would be IPv4's wildcard too
-            server.bind((address, port))
-            server.listen(128)
-        except OSError as error:
-            server.close()
-            if error.errno != errno.EADDRINUSE:
-                raise EndpointError(_bind_trouble(address, port, error)) from error
-            tried.append(port)
-        else:
-            server.setblocking(False)
-            return server
-    if not tried:
-        raise EndpointError("CONSUL_PROM_PORT has no port up to 65535 left for this slot")
-    which = f"port {tried[0]} is" if len(tried) == 1 else f"ports {min(tried)} to {max(tried)} are"
-    raise EndpointError(f"{which} taken on {address}: set CONSUL_PROM_PORT to others, or to 0")
-
-
-def _bind_trouble(address: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRNOTAVAIL:
-        return (
-            f"{address} is no address of this host: set CONSUL_PROM_ADDRESS to one that is, "
-            "or, where it is translated to ours, CONSUL_PROM_BIND"
-        )
-    if error.errno == errno.EACCES:
-        return f"port {port} needs a right that we lack: set CONSUL_PROM_PORT to one above 1023"
-    return f"cannot listen on {address} port {port}: {error.strerror} (CONSUL_PROM_ADDRESS, CONSUL_PROM_PORT)"
-
-
-def is_local(address: str) -> bool:
-    """Whether *address* is one of this host's, and no wildcard. Looks no name up."""
-    try:
-        parsed = ipaddress.ip_address(address)
-        with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-    except (OSError, ValueError):
-        return False
-    return not parsed.is_unspecified
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-def route_address() -> str | None:
-    """The source address that the default route would use; connecting a UDP socket sends nothing."""
-    for family, beyond in ((socket.AF_INET, "203.0.113.1"), (socket.AF_INET6, "2001:db8::1")):
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((beyond, 9))
-            return str(probe.getsockname()[0])
-    return None
-
-
-async def find_address(ask_agent: Callable[[], Awaitable[Mapping[str, Any]]]) -> str:
-    """What the agent advertises of itself, if that is ours; else, or after 2 s, the default route's source address.
-
-    *ask_agent* gives ``/v1/agent/self`` or raises an AgentError.
-    """
-    ends_at, said = time.monotonic() + ASK_AGENT, False
-    while True:
-        try:
-            async with asyncio.timeout(max(ends_at - time.monotonic(), 0.1)):
-                member = (await ask_agent()).get("Member")
-            advertised = str(member.get("Addr")) if isinstance(member, Mapping) else ""
-            if is_local(advertised):
-                return advertised
-            ends_at = 0  # its answer will not change
-        except AgentDenied:
-            ends_at = 0
-        except (AgentError, TimeoutError):
-            await asyncio.sleep(0.2)
-        if time.monotonic() < ends_at:
-            continue
-        if address := route_address():
-            return address
-        if not said:
-            log.warning("neither the agent nor a default route tells our address: set CONSUL_PROM_ADDRESS")
-        said = True
-        await asyncio.sleep(ASK_AGENT)
-
-
 class Endpoint:
-    """``/metrics``, ``/-/healthy`` and a page for people on one socket.
+    """One socket that is served; *render* and *on_scrape* as `Scrapes` has them.
 
-    *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers and body.
-    *about* tells the page for people what to show. *on_scrape* is told the seconds that rendering took. *allow* are the
-    networks that may come, *web* the TLS and the passwords.
+    *about* tells the page for people what to show. *allow* are the networks that may come, *web* the TLS and the
+    passwords.
     """
 
     def __init__(
         self,
         *,
-        render: Callable[[str, str, list[str]], tuple[Mapping[str, str], bytes]],
+        render: Render,
         about: Callable[[], Mapping[str, str]],
         on_scrape: Callable[[float], None],
         allow: Sequence[Network] = (),
         web: WebConfig | None = None,
     ) -> None:
-        self._render = render
+        self.scrapes = Scrapes(render, on_scrape=on_scrape)
         self._about = about
-        self._on_scrape = on_scrape
         self._web = web
         self._server = Server(
             self._handle,
@@ -284,17 +49,6 @@ class Endpoint:
         )
         self._door = Door(self._server, allow=allow, tls=web.tls if web else lambda: None)
         self._without_password = ""
-        self._broken_at: float | None = None
-        self._scrapers: dict[asyncio.Transport, float] = {}
-        self.last_scrape: float | None = None
-
-    def scraped_since(self, when: float) -> bool:
-        """Whether a scrape has begun since then, by each that keeps a connection to scrape us over, as Prometheus does.
-
-        Of a pair of servers behind one address a connection is all that tells them apart.
-        """
-        open_ones = [begun for connection, begun in self._scrapers.items() if not connection.is_closing()]
-        return (self.last_scrape or 0.0) >= when and all(begun >= when for begun in open_ones)
 
     async def serve(self, server: socket.socket) -> None:
         self._door.open(server)
@@ -303,76 +57,45 @@ class Endpoint:
         """Stop listening; requests that are being answered have *grace* seconds more."""
         self._door.close()
         await self._server.shutdown(grace)
-
-    async def _handle(self, request: BaseRequest) -> Response:
-        self._door.heard(request.protocol)
-        if self._web is None:
-            return self._answer(request)
-        permitted = request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", ""))
-        response = self._answer(request) if permitted else self._unauthorized(request)
-        response.headers.update(self._web.headers)
-        return response
+        self.scrapes.close()
 
     @property
     def turned_away(self) -> str:
         """Who did not come in, last, and why, as a sentence; or ""."""
         return self._without_password or self._door.turned_away
 
-    def _unauthorized(self, request: BaseRequest) -> Response:
+    async def _handle(self, request: BaseRequest) -> StreamResponse:
+        self._door.heard(request.protocol)
+        if self._web is None:
+            return await self._answer(request, {})
+        if request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", "")):
+            return await self._answer(request, self._web.headers)
+        return self._unauthorized(request, self._web.headers)
+
+    async def _answer(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:
+        if request.path not in {"/metrics", _HEALTHY, "/"}:
+            return Response(status=404, text="not found\n", headers=headers)
+        if request.method not in {"GET", "HEAD"}:
+            return Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD", **headers})
+        if request.path == "/metrics":
+            return await self.scrapes.answer(request, headers)
+        if request.path == _HEALTHY:
+            return Response(text="healthy\n", headers=headers)
+        return Response(text=self._home(), content_type="text/html", headers=headers)
+
+    def _unauthorized(self, request: BaseRequest, headers: Mapping[str, str]) -> Response:
         self._without_password = (
             f"{request.remote} came without a password that CONSUL_PROM_WEB_CONFIG has (basic_auth in scrape_configs)"
         )
-        return Response(status=401, text="unauthorized\n", headers={"WWW-Authenticate": "Basic"})
+        return Response(status=401, text="unauthorized\n", headers={"WWW-Authenticate": "Basic", **headers})
 
-    def _answer(self, request: BaseRequest) -> Response:
-        answers = {"/metrics": self._scrape, _HEALTHY: self._healthy, "/": self._home}
-        answer = answers.get(request.path)
-        if answer is None:
-            return Response(status=404, text="not found\n")
-        if request.method not in {"GET", "HEAD"}:
-            return Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD"})
-        return answer(request)
-
-    def _scrape(self, request: BaseRequest) -> Response:
-        self.last_scrape, begun = time.time(), time.perf_counter()
-        self._note_scraper(request.transport)
-        accept, coding = request.headers.get("Accept", ""), request.headers.get("Accept-Encoding", "")
-        try:
-            with FORKING:
-                headers, body = self._render(accept, coding, request.query.getall("name[]", []))
-        except BaseException as error:  # noqa: BLE001  # whatever an application's collector may raise
-            return self._failed(error)
-        with FORKING:
-            self._on_scrape(time.perf_counter() - begun)
-        if self._broken_at is not None:
-            log.info("the metrics can be rendered again")
-        self._broken_at = None
-        return Response(body=body, headers=headers)
-
-    def _note_scraper(self, connection: asyncio.Transport | None) -> None:
-        """In a new dictionary, since another thread may read the old one."""
-        known = {one: begun for one, begun in self._scrapers.items() if not one.is_closing()}
-        if connection and self.last_scrape:
-            known[connection] = self.last_scrape
-        self._scrapers = known
-
-    def _failed(self, error: BaseException) -> Response:
-        now = time.monotonic()
-        if self._broken_at is None or now - self._broken_at > REPEAT_LOG:
-            log.warning("the metrics cannot be rendered; a collector raised", exc_info=error)
-            self._broken_at = now
-        return Response(status=500, text=f"a collector raised {type(error).__name__}\n")
-
-    def _healthy(self, _request: BaseRequest) -> Response:
-        return Response(text="healthy\n")
-
-    def _home(self, _request: BaseRequest) -> Response:
-        ago = f"{time.time() - self.last_scrape:.0f} s ago" if self.last_scrape else "never"
+    def _home(self) -> str:
+        ago = f"{time.time() - self.scrapes.last:.0f} s ago" if self.scrapes.last else "never"
         rows = "".join(
             f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>"
             for key, value in {**self._about(), "last scrape": ago}.items()
         )
-        return Response(text=_HOME.format(rows=rows), content_type="text/html")
+        return _HOME.format(rows=rows)
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

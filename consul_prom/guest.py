@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from consul_prom.door import Network
@@ -11,11 +11,11 @@ from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError
 from consul_prom.registrar import AgentAPI, Registrar
 from consul_prom.registration import Registration
+from consul_prom.scrape import Render
 from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
 
-Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], bytes]]
 MOMENT: Final = 0.05
 
 

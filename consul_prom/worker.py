@@ -6,22 +6,22 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any, ClassVar, Final, Unpack
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Info, Summary
 
 from consul_prom import __version__, farewell
+from consul_prom.address import find_address, listen, route_address
 from consul_prom.adoption import Adoption
 from consul_prom.caretaker import Caretaker
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry, watch
-from consul_prom.endpoint import FORKING, Endpoint, MetricsThread, find_address, listen, route_address
+from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError, SettingsError
-from consul_prom.exposition import render
+from consul_prom.exposition import Renderer
 from consul_prom.guest import Guest
 from consul_prom.ledger import Ledger, discard, ledger_path
 from consul_prom.linger import Signals, await_scrape
@@ -30,6 +30,7 @@ from consul_prom.registration import Registration, build, origin
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
 from consul_prom.slots import Slot, acquire, process_age, process_identity
 from consul_prom.tally import Masters
+from consul_prom.thread import FORKING, MetricsThread
 from consul_prom.vigil import Vigil
 from consul_prom.webconfig import WebConfig
 from consul_prom.wire import deregister_now
@@ -302,7 +303,7 @@ class _Life:
             )
 
     def _scraped_since(self, when: float) -> bool:
-        return bool(self._endpoint and self._endpoint.scraped_since(when))
+        return bool(self._endpoint and self._endpoint.scrapes.since(when))
 
     def start(self, loop: asyncio.AbstractEventLoop | None) -> None:
         if self.users == 1:
@@ -372,7 +373,7 @@ class _Life:
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
             self._endpoint = Endpoint(
-                render=partial(_render, self._continued or self._registry),
+                render=Renderer(self._continued or self._registry).render,
                 about=self._about,
                 on_scrape=self._scraped,
                 allow=self.settings.allow,
@@ -437,7 +438,7 @@ class _Life:
             client,
             self._registration(slot, listener, adopted=adopted),
             listener,
-            render=partial(_render, registry),
+            render=Renderer(registry).render,
             intact=lambda: slot.intact,
             allow=self.settings.allow,
             web=self._web,
@@ -455,7 +456,7 @@ class _Life:
             if endpoint.turned_away:
                 return endpoint.turned_away
             reach = f"does not reach {self.url} (CONSUL_PROM_ADDRESS)"
-            if endpoint.last_scrape:
+            if endpoint.scrapes.last:
                 return f"Prometheus has ended, or {reach}"
             name = self.settings.consul_service
             return f"Prometheus does not look for {name} (consul-prom config prometheus), or {reach}"
@@ -463,7 +464,7 @@ class _Life:
         await Vigil(
             who=lambda: self.tenancy.instance,
             registered=lambda: self.tenancy.registered,
-            last_scrape=lambda: endpoint.last_scrape,
+            last_scrape=lambda: endpoint.scrapes.last,
             cause=cause,
         ).run()
 
@@ -548,10 +549,6 @@ class _Life:
 
 async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
     await asyncio.wait({task}, timeout=timeout)
-
-
-def _render(registry: Any, accept: str, accept_encoding: str, names: list[str]) -> tuple[Mapping[str, str], bytes]:
-    return render(registry, accept=accept, accept_encoding=accept_encoding, names=names)
 
 
 class _OwnMetrics:

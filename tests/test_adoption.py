@@ -11,13 +11,13 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from consul_prom import __version__, adoption, slots
+from consul_prom.address import listen
 from consul_prom.adoption import BOOTING, Adoption
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.endpoint import listen
 from consul_prom.errors import EndpointError
-from consul_prom.exposition import render
+from consul_prom.exposition import Renderer
 from consul_prom.guest import Guest
 from consul_prom.ledger import Ledger, ledger_path, peek
 from consul_prom.registration import build
@@ -104,11 +104,7 @@ class Caretaker:
             pid=1,
             adopted=True,
         )
-
-        def show(accept: str, coding: str, names: list[str]) -> Any:
-            return render(page, accept=accept, accept_encoding=coding, names=names)
-
-        guest = Guest(self.client, wanted, listener, render=show, intact=lambda: slot.intact)
+        guest = Guest(self.client, wanted, listener, render=Renderer(page).render, intact=lambda: slot.intact)
         await guest.start()
         return guest
 

@@ -20,13 +20,25 @@ PACKAGE = ROOT / "consul_prom"
 # A module imports only from rows with a smaller number. Modules that are not written yet have their place too.
 ROWS = {
     0: ["errors"],
-    1: ["farewell", "settings", "slots", "ledger", "cells", "linger", "door", "webconfig", "devagent"],
+    1: [
+        "address",
+        "farewell",
+        "thread",
+        "settings",
+        "slots",
+        "ledger",
+        "cells",
+        "linger",
+        "door",
+        "webconfig",
+        "devagent",
+    ],
     2: [
         "wire",
         "continued",
-        "endpoint",
+        "scrape",
         "registration",
-        "exposition",
+        "family",
         "requests",
         "routes",
         "tally",
@@ -34,8 +46,8 @@ ROWS = {
         "rules",
         "dashboard",
     ],
-    3: ["client", "registrar", "caretaker", "undertaker", "vigil"],
-    4: ["guest"],
+    3: ["client", "kinds", "endpoint", "registrar", "caretaker", "undertaker", "vigil"],
+    4: ["exposition", "guest"],
     5: ["adoption"],
     6: ["worker", "master", "discovery", "screen"],
     7: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
@@ -49,7 +61,7 @@ OWNERS = {
     "consul": {"client"},
     "prometheus_async": {"requests", "discovery"},
     "prometheus_client": set(ROW_OF),
-    "aiohttp": {"client", "endpoint", "aiohttp", "devagent"},
+    "aiohttp": {"client", "endpoint", "scrape", "aiohttp", "devagent"},
     "yarl": {"client"},
     "yaml": {"webconfig"},
     "bcrypt": {"webconfig"},
@@ -59,7 +71,7 @@ OWNERS = {
     "gunicorn": {"demo"},
 }
 OWNERS_FOR_TYPES = {"gunicorn": {"gunicorn"}}
-OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition"}}
+OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition", "family", "kinds"}}
 OWNER_OF_THE_ENVIRONMENT = "settings"
 
 

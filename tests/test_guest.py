@@ -9,10 +9,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
 from consul_prom import __version__, slots
+from consul_prom.address import listen
 from consul_prom.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.endpoint import listen
-from consul_prom.exposition import Page, render
+from consul_prom.exposition import Renderer
 from consul_prom.guest import Guest
 from consul_prom.registration import build
 from consul_prom.settings import Settings
@@ -58,12 +58,11 @@ class Host:
         listener = listen("127.0.0.1", [0])
         port = listener.getsockname()[1]
         wanted = build(self.settings, slot=self.slot, address="127.0.0.1", port=port, version=__version__, pid=1)
-        guest = Guest(self.client, wanted, listener, render=self._render, intact=lambda: self.slot.intact)
+        guest = Guest(
+            self.client, wanted, listener, render=Renderer(self.registry).render, intact=lambda: self.slot.intact
+        )
         await guest.start()
         return guest, port
-
-    def _render(self, accept: str, accept_encoding: str, names: list[str]) -> Page:
-        return render(self.registry, accept=accept, accept_encoding=accept_encoding, names=names)
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from consul_prom.exposition import render
 from consul_prom.requests import CANCELLED, METHODS, RequestMetrics, install
+from tests.pages import render
 
 NAMES = ["http_requests", "http_request_duration_seconds", "http_requests_in_progress"]
 

@@ -26,8 +26,8 @@ from prometheus_client.values import MutexValue
 
 import consul_prom
 from consul_prom import slots
+from consul_prom.address import route_address
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.endpoint import route_address
 from consul_prom.errors import EndpointError, SettingsError
 from consul_prom.worker import Worker
 from tests.services.waiting import wait_until
@@ -324,8 +324,8 @@ class TestAddress:
         self, agent: DevAgent, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """With neither, the worker waits for the agent, says so once, and never takes loopback by itself."""
-        monkeypatch.setattr("consul_prom.endpoint.route_address", lambda: None)
-        monkeypatch.setattr("consul_prom.endpoint.ASK_AGENT", 0.1)
+        monkeypatch.setattr("consul_prom.address.route_address", lambda: None)
+        monkeypatch.setattr("consul_prom.address.ASK_AGENT", 0.1)
         agent.fault = Fault(path="/v1/agent/self", status=500)
         worker = make()
         worker.start()

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from prometheus_client import CollectorRegistry
 
 from consul_prom import cli
-from consul_prom.endpoint import route_address
+from consul_prom.address import route_address
 from consul_prom.settings import TAG
 from consul_prom.snippets import write_rule
 from consul_prom.worker import Worker

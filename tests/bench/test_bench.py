@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bench import footprint, port, rest, scale, start, stop
+from tests.bench import exposition, footprint, port, rest, scale, start, stop
 from tests.services.binaries import require
 
 
@@ -13,6 +13,20 @@ def test_footprint(capsys: pytest.CaptureFixture[str]) -> None:
     footprint.main(1)
     printed = capsys.readouterr().out
     assert [name for name, _ in footprint.STEPS if name not in printed] == []
+
+
+def test_exposition(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of pages prints a row for each kind of scrape, and for each level of compression."""
+    exposition.main(1, 500)
+    rows = re.findall(r"^(.*?)  .* ms \(", capsys.readouterr().out, re.MULTILINE)
+    assert [row.strip() for row in rows] == [
+        "generate_latest",
+        "first scrape",
+        "all changed",
+        "10 % changed",
+        "none changed",
+        *(f"gzip, level {level}" for level in (1, 2, 4, 6, 9)),
+    ]
 
 
 def test_start(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,283 @@
+"""A metric family as text that is kept between scrapes, in which only the numbers that changed are written anew.
+
+What a family looks like is the library's own work: it writes one series, with marks where label values and numbers go,
+and that is the form of all others. So the formats are known to it alone. What is not as we know it raises, and is left
+to the library.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, compress, count
+from operator import is_not
+from typing import Any, ClassVar, Final
+
+from prometheus_client import Counter, Enum, Gauge, Histogram, Metric, Summary, metrics, values
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+from prometheus_client.utils import floatToGoString
+
+Encode = Callable[[Collector], bytes]
+Read = Callable[[Sequence[Any]], list[float]]
+
+BLOCK: Final = 512  # numbers that are looked at in one go: a third of a millisecond where all have changed
+READERS: Final[dict[type, Read]] = {
+    # An attribute is read in one step, so no value's lock is needed.
+    values.MutexValue: lambda found: [value._value for value in found],
+}
+_in_go: Final[Callable[[float], str]] = floatToGoString
+_CREATED: Final = 0.25  # what stands for a time of creation in a form; numbers are 0.5, 1.5, ...
+_GAP: Final = "\n"  # for a number, in a form
+_UNFIT: Final = re.compile(r"[\0\n]")  # in a name: what the library writes could not be taken apart
+_SPECIAL: Final = re.compile(r'[\\\n"]')  # in a label value
+_OF_FAMILY: Final = ("collect", "_get_metric", "_multi_samples", "_samples")
+_OF_SERIES: Final = ("_samples", "_child_samples")
+METHODS: Final = {
+    (kind, name): getattr(kind, name, None)
+    for kind in (Counter, Gauge, Summary, Histogram, Enum)
+    for name in (*_OF_FAMILY, "_child_samples")
+}
+"""As they were when this was imported."""
+
+
+class Only:
+    """A collector of the metrics that it is given."""
+
+    def __init__(self, *found: Metric) -> None:
+        self._found = found
+
+    def collect(self) -> Sequence[Metric]:
+        return self._found
+
+
+@dataclass(slots=True)
+class _Section:
+    """A head, and the form of one series below it; text 0.0.4 has the times of creation in a second section.
+
+    `form` is for ``str.format`` with label values and time of creation. In place of a number and the end of its line
+    it has an empty line, which is in no line's text.
+    """
+
+    head: bytes = b""
+    form: str = ""
+    has_numbers: bool = False
+
+
+class Family:
+    """What a collector of one of the library's classes, and of no subclass, has on the page."""
+
+    has_created: ClassVar[bool] = True
+    differs: ClassVar[Any] = is_not  # what is the same object has the same text
+
+    def __init__(self, collector: Any, encode: Encode, *, shows_exemplars: bool) -> None:
+        self.shows_exemplars = shows_exemplars
+        self.sections: list[_Section] = []
+        self._collector = collector
+        self._encode = encode
+        self._dictionary: dict[Sequence[str], Any] = {}
+        self._shape: tuple[object, ...] = ()
+        self._blocks: list[_Block] = []
+
+    def pieces(self) -> Iterator[bytes]:
+        """The family's part of the page, after an empty piece for each block that was looked at.
+
+        Whatever it raises, the library has to write the family; this can be asked again at the next scrape.
+        """
+        try:
+            _check(self._collector)
+            children = self._children()
+            self._find_form(children)
+            written = [[section.head] for section in self.sections]
+            step = BLOCK // len(self.suffixes()) + 1
+            for start in range(0, len(children), step):
+                block = self._block(start // step, children[start : start + step])
+                for section, lines in zip(written, block.write(), strict=True):
+                    section.append(lines)
+                yield b""
+            del self._blocks[-(-len(children) // step) :]
+        except Exception:
+            self._blocks = []
+            raise
+        yield from chain.from_iterable(written)
+
+    def _children(self) -> list[Any]:
+        """The series in the order of the page."""
+        collector = self._collector
+        if not collector._labelnames:
+            return [collector]
+        with collector._lock:
+            if collector._metrics is not self._dictionary:
+                self._dictionary, self._blocks = collector._metrics, []
+            return list(self._dictionary.values())
+
+    def _block(self, number: int, children: list[Any]) -> "_Block":
+        """The block of that number, made anew where its series are others."""
+        if not (number < len(self._blocks) and self._blocks[number].is_of(children)):
+            self._blocks[number : number + 1] = [_Block(self, children)]
+        return self._blocks[number]
+
+    def _find_form(self, children: Sequence[Any]) -> None:
+        """Have the library write a series, where that is not done, or no longer right."""
+        collector = self._collector
+        names = (collector._name, collector._unit, *collector._labelnames, *self.parts())
+        shape = (bool(children), collector._documentation, metrics._use_created, *names)
+        if shape != self._shape:
+            self._blocks, self._shape = [], ()
+            if any(map(_UNFIT.search, map(str, names))):
+                raise ValueError("a name with a character that the form needs")
+            self._take_apart(self._written_by_library(children[:1]))
+            self._shape = shape
+
+    def _written_by_library(self, children: Sequence[Any]) -> str:
+        """One series, with marks as its label values and, as its numbers, their places."""
+        metric, places = self._collector._get_metric(), count(0.5)
+        marks = {name: f"\0{number}\0" for number, name in enumerate(self._collector._labelnames)}
+        samples = [sample for child in children for sample in type(child)._child_samples(child)]
+        if children and [suffix for suffix, *_ in samples if suffix != "_created"] != list(self.suffixes()):
+            raise ValueError("samples that were not expected")
+        for suffix, labels, *_ in samples:
+            value = _CREATED if suffix == "_created" else next(places)
+            metric.add_sample(metric.name + suffix, {**marks, **labels}, value)
+        return self._encode(Only(metric)).removesuffix(self._encode(Only())).decode()
+
+    def _take_apart(self, page: str) -> None:
+        self.sections, places = [], count(0.5)
+        for line in page.split("\n")[:-1]:
+            if line.startswith("# "):
+                if not self.sections or self.sections[-1].form:
+                    self.sections.append(_Section())
+                self.sections[-1].head += f"{line}\n".encode()
+            else:
+                prefix, value = line.rsplit(" ", 1)
+                is_number = float(value) != _CREATED
+                if is_number and float(value) != next(places):
+                    raise ValueError("numbers in another order")
+                self.sections[-1].form += self._blank(prefix, is_number=is_number)
+                self.sections[-1].has_numbers |= is_number
+        if sum(section.has_numbers for section in self.sections) > 1:
+            raise ValueError("numbers in two places")
+
+    def _blank(self, prefix: str, *, is_number: bool) -> str:
+        """A line's form. What stands between marks is as it is in every series."""
+        pieces = prefix.replace("{", "{{").replace("}", "}}").split("\0")
+        pieces[1::2] = [f"{{{number}}}" for number in pieces[1::2]]
+        return f"{''.join(pieces)} {_GAP if is_number else f'{{{len(self._collector._labelnames)}}}'}\n"
+
+    def parts(self) -> Sequence[object]:
+        """What the form depends on beside names and documentation."""
+        return ()
+
+    def suffixes(self) -> Sequence[str]:
+        """Those of the samples that show the numbers of a series."""
+        raise NotImplementedError
+
+    def fits(self, children: Sequence[Any]) -> bool:
+        """Whether *children* are as the library made them."""
+        kind = type(self._collector)
+        plain = kind, METHODS[kind, "_samples"], METHODS[kind, "_child_samples"]
+        return {(type(child), child._samples.__func__, child._child_samples.__func__) for child in children} == {plain}
+
+    def values(self, children: Sequence[Any]) -> list[Any]:
+        """The objects that hold their numbers, as many for each; those that may have exemplars come first."""
+        raise NotImplementedError
+
+    def numbers(self, children: Sequence[Any], read: list[float]) -> list[float]:  # noqa: ARG002
+        """What the page shows where *read* is what their values hold."""
+        return read
+
+
+class _Block:
+    """Some series that follow each other, as the texts of their numbers and of all that stands between those."""
+
+    def __init__(self, family: Family, children: list[Any]) -> None:
+        if not family.fits(children):
+            raise TypeError("a series that is not like others of its class")
+        self._family = family
+        self._children = children
+        self._created = self._read_created(children)
+        self._values = family.values(children)
+        self._read = _reader(self._values)
+        self._numbers: list[Any] = [None] * (len(children) * len(family.suffixes()))
+        columns = self._columns()
+        self._sections = [_fill(section.form, columns) for section in family.sections]
+        self._numbered = max(self._sections, key=len)
+
+    def is_of(self, children: list[Any]) -> bool:
+        """Whether these are the same series, none of them reset."""
+        return self._children == children and self._created == self._read_created(children)
+
+    def write(self) -> Iterator[bytes]:
+        """The lines of all series, for each section."""
+        family = self._family
+        numbers = family.numbers(self._children, self._read(self._values))
+        for place in compress(count(), map(family.differs, numbers, self._numbers)):
+            self._numbered[2 * place + 1] = f"{_text(numbers[place])}\n".encode()
+        if family.shows_exemplars:
+            self._add_exemplars(numbers)
+        self._numbers = numbers
+        return map(b"".join, self._sections)
+
+    def _columns(self) -> list[Sequence[str]]:
+        """What the forms have room for, a column each: label values, and the time of creation."""
+        columns: list[Sequence[str]] = list(zip(*[child._labelvalues for child in self._children], strict=True))
+        if _SPECIAL.search("".join(map("".join, columns))):
+            columns = [list(map(_escape, column)) for column in columns]
+        created = [_time(when) for when in self._created]
+        return [*columns, created or [""] * len(self._children)]
+
+    def _add_exemplars(self, numbers: list[float]) -> None:
+        exemplars = [value._exemplar for value in self._values]
+        if exemplars.count(None) == len(exemplars):
+            return
+        for index in compress(count(), exemplars):
+            child, nth = divmod(index, len(exemplars) // len(self._children))
+            place = child * len(self._family.suffixes()) + nth
+            self._numbered[2 * place + 1] = f"{_text(numbers[place])}{_exemplar(exemplars[index])}\n".encode()
+
+    def _read_created(self, children: Sequence[Any]) -> list[float]:
+        return [child._created for child in children] if self._family.has_created else []
+
+
+def _fill(form: str, columns: Sequence[Sequence[str]]) -> list[bytes]:
+    """What stands between the numbers, and room for them."""
+    between = "".join(map(form.format, *columns)).encode().split(b"\n\n")
+    lines = [b""] * (2 * len(between) - 1)
+    lines[::2] = between
+    return lines
+
+
+def _reader(found: Sequence[Any]) -> Read:
+    """How to read values of the class that all of *found* have; a KeyError where we do not know it."""
+    (kind,) = set(map(type, found)) or {values.MutexValue}
+    return READERS[kind]
+
+
+def _check(collector: Any) -> None:
+    """Its methods, and those of its class, are those that the class had when this was imported."""
+    kind = type(collector)
+    own = all(getattr(getattr(collector, name), "__func__", None) is METHODS[kind, name] for name in _OF_FAMILY)
+    if not own or any(getattr(kind, name) is not METHODS[kind, name] for name in _OF_SERIES):
+        raise TypeError("a metric with methods of its own")
+
+
+def _text(number: Any) -> str:
+    """A number as the library writes it, which is as Python does in this range."""
+    return repr(number) if type(number) is float and -1e6 < number < 1e6 else _in_go(number)
+
+
+def _time(when: float) -> str:
+    """As the library writes a time since 1970, at half of what it costs there."""
+    if not 1e9 <= when < 1e10:
+        return _in_go(when)
+    digits = repr(when)
+    return f"{digits[0]}.{digits[1:10]}{digits[11:]}".rstrip("0.") + "e+09"
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+
+
+def _exemplar(exemplar: Exemplar) -> str:
+    labels = ",".join(f'{name}="{_escape(value)}"' for name, value in sorted(exemplar.labels.items()))
+    when = "" if exemplar.timestamp is None else f" {exemplar.timestamp}"
+    return f" # {{{labels}}} {_in_go(exemplar.value)}{when}"

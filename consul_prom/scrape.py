@@ -1,0 +1,161 @@
+"""Scrapes: pages written in slices, shared by those who ask for the same at once, and sent as fast as they are read."""
+
+import asyncio
+import ipaddress
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from http import HTTPStatus
+from typing import Final
+
+from aiohttp.web import BaseRequest, StreamResponse
+
+from consul_prom.thread import FORKING
+
+log = logging.getLogger(__name__)
+
+REPEAT_LOG: Final = 600.0
+SLICE: Final = 0.001
+CHUNK: Final = 65_536
+READING: Final = 30.0
+PAGES_READ: Final = 8
+_NOTHING_PLAIN: Final = re.compile(r"(identity|\*)\s*;\s*q=0(\.0*)?\s*(,|$)")
+
+Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], Iterable[bytes]]]
+
+
+class Scrapes:
+    """Answers scrapes, and remembers when they were.
+
+    *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers and the
+    pieces of the page, which is written only as they are asked for. Equal headers and names mean equal pages.
+    *on_scrape* is told the seconds that a page was waited for.
+    """
+
+    def __init__(self, render: Render, *, on_scrape: Callable[[float], None]) -> None:
+        self._render = render
+        self._on_scrape = on_scrape
+        self._writing: dict[tuple[object, ...], asyncio.Task[_Page]] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._read: list[_Page] = []
+        self._broken_at: float | None = None
+        self._scrapers: dict[asyncio.Transport, float] = {}
+        self.last: float | None = None
+        """When the last one began, in seconds since 1970."""
+
+    def since(self, when: float) -> bool:
+        """Whether one has begun since then, by each that keeps a connection to scrape us over, as Prometheus does.
+
+        Of a pair of servers behind one address a connection is all that tells them apart.
+        """
+        open_ones = [begun for connection, begun in self._scrapers.items() if not connection.is_closing()]
+        return (self.last or 0.0) >= when and all(begun >= when for begun in open_ones)
+
+    async def answer(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:
+        """The page that *request* asks for, with more *headers*."""
+        self.last, begun = time.time(), time.perf_counter()
+        self._note_scraper(request.transport, self.last)
+        page = await self._page(request)
+        if page.status == HTTPStatus.OK:
+            with FORKING:
+                self._on_scrape(time.perf_counter() - begun)
+        return await page.send(request, headers)
+
+    def close(self) -> None:
+        for task in self._writing.values():
+            task.cancel()
+
+    async def _page(self, request: BaseRequest) -> "_Page":
+        """Who asks for a page that is being written waits for the same."""
+        names = request.query.getall("name[]", [])
+        headers, pieces = self._render(request.headers.get("Accept", ""), _accepted_encoding(request), names)
+        wanted = *headers.items(), *names
+        if wanted not in self._writing:
+            task = self._writing[wanted] = asyncio.create_task(self._write(headers, iter(pieces)))
+            task.add_done_callback(lambda _: self._writing.pop(wanted))
+        return await asyncio.shield(self._writing[wanted])  # who goes away takes it from nobody
+
+    async def _write(self, headers: Mapping[str, str], pieces: Iterator[bytes]) -> "_Page":
+        """In slices of a millisecond, between which the application's threads have the interpreter for themselves."""
+        written = []
+        async with self._one_at_a_time:
+            begun = time.perf_counter()
+            while True:
+                try:
+                    with FORKING:
+                        piece = next(pieces, None)
+                except BaseException as error:  # noqa: BLE001  # whatever an application's collector may raise
+                    return self._failed(error)
+                if piece is None:
+                    break
+                written.append(piece)
+                if time.perf_counter() - begun > SLICE:
+                    await asyncio.sleep(SLICE)
+                    begun = time.perf_counter()
+        if self._broken_at is not None:
+            log.info("the metrics can be rendered again")
+        self._broken_at = None
+        return self._keep(_Page(HTTPStatus.OK, headers, b"".join(written)))
+
+    def _keep(self, page: "_Page") -> "_Page":
+        """So that readers which stall hold no more memory than a few pages: the oldest of these are cut off."""
+        self._read = [*(kept for kept in self._read if kept.readers), page]
+        while len(self._read) > PAGES_READ:
+            for reader in self._read.pop(0).readers:
+                reader.abort()
+        return page
+
+    def _failed(self, error: BaseException) -> "_Page":
+        now = time.monotonic()
+        if self._broken_at is None or now - self._broken_at > REPEAT_LOG:
+            log.warning("the metrics cannot be rendered; a collector raised", exc_info=error)
+            self._broken_at = now
+        text = f"a collector raised {type(error).__name__}\n"
+        return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
+
+    def _note_scraper(self, connection: asyncio.Transport | None, begun: float) -> None:
+        """In a new dictionary, since another thread may read the old one."""
+        known = {one: when for one, when in self._scrapers.items() if not one.is_closing()}
+        if connection:
+            known[connection] = begun
+        self._scrapers = known
+
+
+class _Page:
+    """A page that was written, and who still reads it."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+        self.readers: set[asyncio.Transport] = set()
+
+    async def send(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:
+        """No faster than it is taken, so that a slow reader costs one buffer; in READING seconds, or not at all."""
+        response = StreamResponse(status=self.status, headers={**self.headers, **headers})
+        response.content_length = len(self.body)
+        transport = request.transport
+        if transport is None:  # it went away
+            return response
+        self.readers.add(transport)
+        try:
+            async with asyncio.timeout(READING):
+                await response.prepare(request)
+                for start in range(0, len(self.body) if request.method == "GET" else 0, CHUNK):
+                    await response.write(memoryview(self.body)[start : start + CHUNK])
+                await response.write_eof()
+        except TimeoutError:
+            transport.abort()
+        except ConnectionError:
+            log.debug("a scraper went away before it had the page")
+        finally:
+            self.readers.discard(transport)
+        return response
+
+
+def _accepted_encoding(request: BaseRequest) -> str:
+    """What the request accepts; over loopback bytes cost less than compressing them, unless plain ones are refused."""
+    accepted = request.headers.get("Accept-Encoding", "")
+    is_near = request.remote and ipaddress.ip_address(request.remote).is_loopback
+    return "" if is_near and not _NOTHING_PLAIN.search(accepted.lower()) else accepted

@@ -1,0 +1,102 @@
+"""What a page costs against prometheus_client's `generate_latest`, both in one run, in turns.
+
+    python -m tests.bench.exposition [rounds] [series]
+
+Mixed series: two fifths counters, three tenths gauges, the rest histograms' lines, of which the median and the spread
+are shown. Memory is what the kept page takes, in pages.
+"""
+
+import random
+import statistics
+import sys
+import time
+import tracemalloc
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.openmetrics.exposition import generate_latest
+
+from consul_prom.exposition import Renderer
+
+ACCEPT = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8"
+LINES = 17  # of a histogram of the default buckets
+FAMILY = 1000
+
+library = partial(generate_latest, escaping="allow-utf-8")
+
+
+def main(rounds: int, series: int) -> None:
+    """Print the table."""
+    registry, uses = fill(series)
+    tracemalloc.start()
+    renderer = Renderer(registry)
+    size = len(write(renderer))
+    kept = tracemalloc.get_traced_memory()[0] / size
+    tracemalloc.stop()
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, changed, source in (
+            ("generate_latest", 0, library),
+            ("first scrape", 0, lambda _: write(Renderer(registry))),
+            ("all changed", len(uses), lambda _: write(renderer)),
+            ("10 % changed", len(uses) // 10, lambda _: write(renderer)),
+            ("none changed", 0, lambda _: write(renderer)),
+        ):
+            for use in random.sample(uses, changed):
+                use()
+            found.setdefault(name, []).append(_seconds(partial(source, registry)))
+        if write(renderer) != library(registry):
+            raise SystemExit("the pages differ")
+    print(f"{series} series, {size} bytes; what is kept takes {kept:.2f} pages")
+    for name, times in found.items():
+        ratios = [each / ours for each, ours in zip(found["generate_latest"], times, strict=True)]
+        print(f"{name:16}{_spread([1000 * each for each in times], 'ms')}{_spread(ratios, 'x')}")
+    page = write(renderer)
+    for level in (1, 2, 4, 6, 9):
+        times = [_seconds(partial(zlib.compress, page, level, wbits=31)) for _ in range(rounds)]
+        share = 100 * len(zlib.compress(page, level, wbits=31)) / len(page)
+        print(f"gzip, level {level}   {_spread([1000 * each for each in times], 'ms')}   {share:8.1f} %")
+
+
+def fill(series: int) -> tuple[CollectorRegistry, list[Callable[[], Any]]]:
+    """A registry, and for each of its series what changes it."""
+    registry = CollectorRegistry()
+    uses: list[Callable[[], Any]] = []
+    for number in range(series * 2 // 5):
+        if number % FAMILY == 0:
+            counter = Counter(f"app_requests_{number}", "Requests.", ["method", "route", "status"], registry=registry)
+        uses.append(counter.labels("GET", f"/api/v1/items/{number}", "200").inc)
+    for number in range(series * 3 // 10):
+        if number % FAMILY == 0:
+            gauge = Gauge(f"app_depth_{number}", "Depth.", ["queue"], registry=registry)
+        uses.append(partial(gauge.labels(f"queue-{number}").inc, 0.25))
+    for number in range(series * 3 // 10 // LINES):
+        if number % (FAMILY // LINES) == 0:
+            histogram = Histogram(f"app_took_{number}_seconds", "Took.", ["route"], registry=registry)
+        uses.append(partial(histogram.labels(f"/api/v1/things/{number}").observe, 0.01 * number))
+    for use in uses:
+        use()
+    return registry, uses
+
+
+def write(renderer: Renderer) -> bytes:
+    """The whole page, as the endpoint puts it together."""
+    _, pieces = renderer.render(ACCEPT, "")
+    return b"".join(pieces)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    begun = time.perf_counter()
+    run()
+    return time.perf_counter() - begun
+
+
+def _spread(found: list[float], unit: str) -> str:
+    return f"{statistics.median(found):9.2f} {unit} ({min(found):.2f}-{max(found):.2f})"
+
+
+if __name__ == "__main__":
+    main(*(int(argument) for argument in (*sys.argv[1:], *("9", "20000")[len(sys.argv) - 1 :])))

@@ -1,0 +1,27 @@
+"""A page as a scraper gets it, from a renderer of its own or one that was asked before."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry
+
+from consul_prom.continued import ContinuedRegistry
+from consul_prom.exposition import Renderer
+
+
+class Page(NamedTuple):
+    headers: dict[str, str]
+    body: bytes
+
+
+def render(
+    source: CollectorRegistry | ContinuedRegistry | Renderer,
+    *,
+    accept: str = "",
+    accept_encoding: str = "",
+    names: Sequence[str] = (),
+) -> Page:
+    """The whole page at once."""
+    renderer = source if isinstance(source, Renderer) else Renderer(source)
+    headers, pieces = renderer.render(accept, accept_encoding, names)
+    return Page(headers, b"".join(pieces))
