@@ -37,6 +37,7 @@ ROWS = {
         "wire",
         "continued",
         "scrape",
+        "ownmetrics",
         "registration",
         "family",
         "requests",
@@ -48,11 +49,12 @@ ROWS = {
     ],
     3: ["client", "kinds", "endpoint", "registrar", "caretaker", "undertaker", "vigil"],
     4: ["exposition", "guest"],
-    5: ["adoption"],
-    6: ["worker", "master", "discovery", "screen"],
-    7: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
-    8: ["cli"],
-    9: ["__init__", "__main__"],
+    5: ["adoption", "site"],
+    6: ["life"],
+    7: ["worker", "master", "discovery", "screen"],
+    8: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
+    9: ["cli"],
+    10: ["__init__", "__main__"],
 }
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}
 COMMANDS = {"cli", "doctor", "top", "demo", "screen"}

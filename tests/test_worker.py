@@ -204,7 +204,7 @@ class TestLinger:
         self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A worker that no signal ends does not wait; what nobody has scraped is said in one line, and saved."""
-        monkeypatch.setattr("consul_prom.worker.await_scrape", lambda *_, **__: pytest.fail("it waits"))
+        monkeypatch.setattr("consul_prom.life.await_scrape", lambda *_, **__: pytest.fail("it waits"))
         worker = make(address="127.0.0.1", linger=600)
         worker.start()
         registered(worker)
@@ -247,7 +247,7 @@ class TestLinger:
         def press(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("consul_prom.worker.await_scrape", press)
+        monkeypatch.setattr("consul_prom.life.await_scrape", press)
         worker = make(address="127.0.0.1")
         worker.start()
         registered(worker)
@@ -888,7 +888,7 @@ class TestLedger:
         self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An error that nobody expected does the same."""
-        monkeypatch.setattr("consul_prom.worker.ContinuedRegistry", lambda *_: 1 / 0)
+        monkeypatch.setattr("consul_prom.life.ContinuedRegistry", lambda *_: 1 / 0)
         worker = make(address="127.0.0.1")
         worker.start()
         hits.labels("/").inc()

@@ -1,0 +1,341 @@
+"""What a started worker has: slot → ledger → endpoint → registration → registrar, and back."""
+
+import asyncio
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Coroutine
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from prometheus_client import CollectorRegistry
+
+from consul_prom.address import find_address, route_address
+from consul_prom.adoption import Adoption
+from consul_prom.caretaker import Caretaker
+from consul_prom.client import AgentClient
+from consul_prom.continued import ContinuedRegistry
+from consul_prom.endpoint import Endpoint
+from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError
+from consul_prom.guest import Guest
+from consul_prom.ledger import Ledger, discard, ledger_path
+from consul_prom.linger import Signals, await_scrape
+from consul_prom.ownmetrics import OwnMetrics
+from consul_prom.registrar import Tenancy
+from consul_prom.registration import Registration
+from consul_prom.settings import Settings
+from consul_prom.site import Site
+from consul_prom.slots import Slot, acquire, process_age, process_identity
+from consul_prom.tally import Masters
+from consul_prom.thread import FORKING, MetricsThread
+from consul_prom.vigil import Vigil
+from consul_prom.wire import deregister_now
+
+log = logging.getLogger(__name__)
+
+
+class Life:
+    """What a started worker has; one for each registry of the process, however many Workers it has.
+
+    Its coroutines run in the metrics thread.
+    """
+
+    of_registry: ClassVar[dict[CollectorRegistry, "Life"]] = {}
+    sharing: ClassVar[threading.RLock] = threading.RLock()
+
+    def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
+        self.settings = settings
+        self.users = self.leavers = 0
+        self.url: str | None = None
+        self.failure: ConsulPromError | None = None
+        self.thread = MetricsThread()
+        self._pid = os.getpid()
+        self._registry = registry
+        self._site = Site(settings)
+        self._listener: socket.socket | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._caring: asyncio.Task[None] | None = None
+        self._client: AgentClient | None = None
+        self._endpoint: Endpoint | None = None
+        self._ends_at: float | None = None
+        self._probes: list[Future[Any]] = []
+        self._signals = Signals()
+        self._start_took = process_age(process_identity(self._pid))
+        slot = acquire(settings.dir, settings.service)
+        try:
+            self._metrics = OwnMetrics(registry)
+        except ValueError as error:
+            slot.release()
+            raise EndpointError(f"the application has metrics of our names: {error}") from error
+        self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
+        self._metrics.show(lambda: self.tenancy.registered)
+        self._first_slot = slot
+        self._ledger: Ledger | None = None
+        self._continued = self._continue()
+
+    @classmethod
+    def shared(cls, settings: Settings, registry: CollectorRegistry) -> "Life":
+        """The life that the registry has in this process, or a new one."""
+        life = cls.of_registry.get(registry)
+        if life and not life.mine:
+            life.disown()
+        elif life and life.tenancy.left:
+            life.stop()  # on its way out: it would not register again
+            life = None
+        if life is None or not life.mine:
+            life = cls.of_registry[registry] = cls(settings, registry)
+        elif life.settings.service != settings.service:
+            ours, theirs = settings.service, life.settings.service
+            log.warning("this process is registered as %r already; service=%r is not used", theirs, ours)
+        life.users += 1
+        return life
+
+    def disown(self) -> None:
+        """In a child: our metrics, copied with all of the parent, make room for the child's own."""
+        self._metrics.close()
+
+    def _continue(self) -> ContinuedRegistry | None:
+        """The registry with the counters of the slot's workers before us; None where its values stay in memory."""
+        slot, settings = self.tenancy.slot, self.settings
+        path = ledger_path(slot.directory, settings.service, slot.number)
+        try:
+            if settings.ledger and slot.boot:
+                ledger = Ledger.take_over(path, boot=slot.boot, instance=self.tenancy.instance)
+                continued = ContinuedRegistry(self._registry, ledger)
+                self._ledger = ledger
+                return continued
+        except LedgerError as error:
+            log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
+        except Exception:
+            log.exception("the counters of %s live in memory: an error not expected", self.tenancy.instance)
+        discard(path)  # or a later worker would continue it from below what we show
+        return None
+
+    @property
+    def mine(self) -> bool:
+        """False in a child that the application forked: all of this is its parent's."""
+        return self._pid == os.getpid()
+
+    @property
+    def lingers(self) -> bool:
+        """Whether a stop would wait for a scrape of itself."""
+        return self._signals.came and bool(self.settings.linger)
+
+    def linger(self, seconds: float | None) -> None:
+        """Stay as we are until a scrape has begun, for *seconds* or as `lingers` tells; nobody finds the unregistered.
+
+        Says what nobody has scraped.
+        """
+        seconds = (self.settings.linger if self.lingers else 0) if seconds is None else seconds
+        if seconds:
+            await_scrape(self._scraped_since, goes_on=lambda: self.tenancy.registered, timeout=seconds)
+        if self._ledger and self._ledger.unscraped:
+            log.info(
+                "%s has counted since its last scrape; that is in its ledger, and shown by the slot's next worker "
+                "(CONSUL_PROM_LINGER lets it wait for a scrape)",
+                self.tenancy.instance,
+            )
+
+    def _scraped_since(self, when: float) -> bool:
+        return bool(self._endpoint and self._endpoint.scrapes.since(when))
+
+    def start(self, loop: asyncio.AbstractEventLoop | None) -> None:
+        if self.users == 1:
+            if self.settings.linger:
+                self._signals.watch()
+            self.thread.start()
+            if self.settings.address or self.settings.port.first:
+                self.listen(self.settings.address or route_address())
+            self.thread.spawn(self.run())
+        if loop:
+            self._probes.append(self.thread.spawn(self._metrics.probe(loop)))
+
+    async def leave_in_thread(self) -> None:
+        with suppress(EndpointError):
+            leaving = asyncio.wrap_future(self.thread.spawn(self.leave(self._remaining())))
+            await asyncio.wait({leaving}, timeout=self._remaining())
+
+    def stop(self) -> None:
+        if self.of_registry.get(self._registry) is self:
+            del self.of_registry[self._registry]
+        for probe in self._probes:
+            probe.cancel()
+        if not self.tenancy.left:
+            self._within(self.leave(0.9 * self._remaining()))  # so that it has ended when the wait for it ends
+        if not self.tenancy.left:
+            self.leave_now(self._remaining())
+        self._within(self.close())
+        if not self.thread.stop(self._remaining()):
+            log.warning("the metrics thread of %s did not end within CONSUL_PROM_STOP_TIMEOUT", self.tenancy.instance)
+        self.dispose()
+
+    def _remaining(self) -> float:
+        """Seconds left of the one STOP_TIMEOUT that all parts of a stop share; never quite none."""
+        self._ends_at = self._ends_at or time.monotonic() + self.settings.stop_timeout
+        return max(self._ends_at - time.monotonic(), 0.1)
+
+    def _within(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        with suppress(EndpointError):
+            wait([self.thread.spawn(coroutine)], self._remaining())
+
+    def listen(self, address: str | None) -> None:
+        self._site.settle(address)
+        before = self._ledger.port if self._ledger else 0
+        self._listener = self._site.listen(self.tenancy.slot.number, before=before)
+        self.url = self._site.url(self._listener)
+        if self._ledger:
+            self._ledger.port = self._listener.getsockname()[1]
+
+    async def run(self) -> None:
+        """From the address on, until cancelled."""
+        self._task = asyncio.current_task()
+        try:
+            with FORKING:  # a child forked in the middle of an import could never import the same
+                self._client = AgentClient(self.settings)
+            if self._listener is None:
+                self.listen(await find_address(self._client.self_))
+            registry = self._continued or self._registry
+            self._endpoint = self._site.endpoint(registry, about=self._about, on_scrape=self._scraped)
+            assert self._listener  # noqa: S101  # `listen` has set it or raised
+            await self._endpoint.serve(self._listener)
+            self._caring = asyncio.create_task(self._take_care(self._client))
+            vigil = asyncio.create_task(self._vigil(self._endpoint))
+            try:
+                await self.tenancy.run(self._client, self._describe)
+            finally:
+                vigil.cancel()
+        except ConsulPromError as error:
+            log.error("consul-prom is off: %s", error)
+            await self._fail(error)
+        except Exception:
+            log.exception("consul-prom is off: an error that it did not expect")
+            await self._fail(EndpointError("an error that consul-prom did not expect"))
+
+    async def _take_care(self, client: AgentClient) -> None:
+        settings = self.settings
+        masters = Masters(settings.dir, settings.service)
+
+        async def receive(slot: Slot) -> Guest:
+            return await self._site.receive(client, slot, masters.registry())
+
+        async def adopt(slot: Slot, page: CollectorRegistry, port: int) -> Guest:
+            return await self._site.receive(client, slot, page, port=port, adopted=True)
+
+        adoption = Adoption(
+            settings.dir,
+            settings.service,
+            host=settings.host,
+            retain=settings.retain,
+            patience=0.8 * settings.stop_timeout,
+            serve=adopt,
+            complete=masters.complete,
+            slowest_start=self._start_took,
+        )
+        caretaker = Caretaker(
+            client,
+            directory=settings.dir,
+            service=settings.service,
+            host=settings.host,
+            masters=masters.living,
+            receive=receive,
+            adoption=adoption if settings.ledger and settings.retain else None,
+            patience=0.8 * settings.stop_timeout,
+        )
+        try:
+            await caretaker.run()
+        except Exception:
+            log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
+
+    def _scraped(self, seconds: float) -> None:
+        self._metrics.scraped(seconds)
+        if self._ledger:
+            self._ledger.scraped(time.time())
+
+    async def _vigil(self, endpoint: Endpoint) -> None:
+        def cause() -> str:
+            if endpoint.turned_away:
+                return endpoint.turned_away
+            reach = f"does not reach {self.url} (CONSUL_PROM_ADDRESS)"
+            if endpoint.scrapes.last:
+                return f"Prometheus has ended, or {reach}"
+            name = self.settings.consul_service
+            return f"Prometheus does not look for {name} (consul-prom config prometheus), or {reach}"
+
+        await Vigil(
+            who=lambda: self.tenancy.instance,
+            registered=lambda: self.tenancy.registered,
+            last_scrape=lambda: endpoint.scrapes.last,
+            cause=cause,
+        ).run()
+
+    async def leave(self, timeout: float) -> None:
+        if self._task:
+            self._task.cancel()
+        leaving = [self.tenancy.leave(timeout)]
+        if self._caring:
+            self._caring.cancel()
+            leaving.append(_end_of(self._caring, timeout))
+        await asyncio.gather(*leaving)
+
+    def leave_now(self, timeout: float) -> None:
+        """The same from outside of the metrics thread, which does not answer."""
+        try:
+            if self._client and self.tenancy.registered:
+                deregister_now(self.settings, self.tenancy.entry_id, timeout=timeout, hosts=self._client.resolved)
+        except AgentError as error:
+            self.tenancy.left_over(error)
+
+    async def close(self) -> None:
+        try:
+            if self._endpoint:
+                await self._endpoint.aclose()
+        finally:
+            if self._client:
+                await self._client.aclose()
+
+    def dispose(self) -> None:
+        """What needs no event loop: registry, socket and slot are as before the start."""
+        if self._continued:
+            self._continued.close()  # first: a metric that leaves the registry leaves the ledger too
+        self._metrics.close()
+        self._signals.close()
+        if self._listener:
+            self._listener.close()
+        self.url = None
+        self.tenancy.slot.release()
+
+    async def _fail(self, error: ConsulPromError) -> None:
+        self._task = None  # which this is
+        try:
+            await self.leave(self.settings.stop_timeout)
+        finally:
+            await self.close()
+            self.dispose()
+            self.failure = error
+
+    def _describe(self, slot: Slot) -> Registration:
+        assert self._listener  # noqa: S101  # `run` has it
+        self._metrics.tell(host=self.settings.host, slot=slot.number)
+        if slot is not self._first_slot:  # the directory was wiped, and our ledger with it; we count on in its memory
+            discard(ledger_path(slot.directory, self.settings.service, slot.number))
+        return self._site.registration(slot, self._listener)
+
+    def _registered(self, reason: str) -> None:
+        self._metrics.registered(reason)
+        if self._client and self._client.resolved:
+            self.tenancy.slot.occupy(self._client.resolved)
+
+    def _about(self) -> dict[str, str]:
+        return {
+            "service": self.settings.service,
+            "instance": self.tenancy.instance,
+            "pid": str(self._pid),
+            "registered": "yes" if self.tenancy.registered else f"no: {self.tenancy.trouble}",
+        }
+
+
+async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
+    await asyncio.wait({task}, timeout=timeout)
