@@ -125,7 +125,7 @@ from consul_prom import vigil
 
 logging.basicConfig(format="%(levelname)s %(message)s")
 vigil.ROUND, vigil.UNKNOWN, vigil.LEAST = 0.05, 0.3, 0.3
-with consul_prom.running(service="shop", host="web-1") as worker:
+with consul_prom.running(service="shop", host="web-1", linger=0) as worker:
     while worker.url is None:
         time.sleep(0.01)
     print(worker.url, flush=True)
