@@ -131,7 +131,13 @@ class Life:
         """
         seconds = (self.settings.linger if self.lingers else 0) if seconds is None else seconds
         if seconds:
-            await_scrape(self._scraped_since, goes_on=lambda: self.tenancy.registered, timeout=seconds)
+            log.info("%s waits for a scrape, for %.0f s at most (CONSUL_PROM_LINGER)", self.tenancy.instance, seconds)
+            await_scrape(
+                self._scraped_since,
+                goes_on=lambda: self.tenancy.registered,
+                timeout=seconds,
+                told=self._signals.came,
+            )
         if self._ledger and self._ledger.unscraped:
             log.info(
                 "%s has counted since its last scrape; that is in its ledger, and shown by the slot's next worker "

@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any, Final
 
@@ -49,13 +49,16 @@ class Signals:
         return note
 
 
-def await_scrape(scraped_since: Callable[[float], bool], *, goes_on: Callable[[], bool], timeout: float) -> None:
+def await_scrape(
+    scraped_since: Callable[[float], bool], *, goes_on: Callable[[], bool], timeout: float, told: bool
+) -> None:
     """Return when there was a scrape from now on, after *timeout* seconds, or when it no longer *goes_on*.
 
-    Meanwhile SIGTERM is ignored: Gunicorn repeats it each second, to those that no longer handle it too.
+    Where a signal *told* the process to end, SIGTERM is ignored meanwhile: Gunicorn repeats it each second, to those
+    that no longer handle it too. A process that ends of itself shall hear the first one.
     """
     asked_at, ends_at = time.time(), time.monotonic() + timeout
-    with _deaf():
+    with _deaf() if told else nullcontext():
         while goes_on() and time.monotonic() < ends_at and not scraped_since(asked_at):
             time.sleep(TICK)
 

@@ -175,5 +175,8 @@ def running(*, registry: CollectorRegistry = REGISTRY, **arguments: Unpack[Argum
     try:
         worker.start()
         yield worker
+    except KeyboardInterrupt:  # somebody wants it to be over
+        worker.stop()
+        raise
     finally:
         worker.stop(linger=worker.linger)

@@ -62,6 +62,21 @@ class TestSignals:
         signals.close()
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (theirs, other)
 
+    def test_first_signal(self) -> None:
+        """A process that ends of itself hears the first one."""
+        heard: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+        try:
+
+            def told(_when: float) -> bool:
+                signal.raise_signal(signal.SIGTERM)
+                return True
+
+            await_scrape(told, goes_on=lambda: True, timeout=60, told=False)
+            assert heard == [signal.SIGTERM]
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     def test_other_thread(self) -> None:
         """In another thread nothing is done."""
         before, signals = signal.getsignal(signal.SIGINT), Signals()
@@ -83,7 +98,7 @@ class TestWait:
             asked.append(when)
             return len(asked) == 3
 
-        await_scrape(scraped_since, goes_on=lambda: True, timeout=60)
+        await_scrape(scraped_since, goes_on=lambda: True, timeout=60, told=True)
         assert len(set(asked)) == 1
 
     def test_repeated_signal(self) -> None:
@@ -95,22 +110,37 @@ class TestWait:
                 signal.raise_signal(signal.SIGTERM)
                 return True
 
-            await_scrape(told_again, goes_on=lambda: True, timeout=60)
+            await_scrape(told_again, goes_on=lambda: True, timeout=60, told=True)
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def test_first_signal(self) -> None:
+        """A process that ends of itself hears the first one."""
+        heard: list[int] = []
+        before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
+        try:
+
+            def told(_when: float) -> bool:
+                signal.raise_signal(signal.SIGTERM)
+                return True
+
+            await_scrape(told, goes_on=lambda: True, timeout=60, told=False)
+            assert heard == [signal.SIGTERM]
         finally:
             signal.signal(signal.SIGTERM, before)
 
     def test_other_thread(self) -> None:
         """In another thread nothing is done to signals."""
         with ThreadPoolExecutor() as pool:
-            pool.submit(await_scrape, lambda _when: True, goes_on=lambda: True, timeout=60).result(10)
+            pool.submit(await_scrape, lambda _when: True, goes_on=lambda: True, timeout=60, told=True).result(10)
 
     def test_time_is_over(self) -> None:
         """It ends with its time."""
-        await_scrape(lambda _when: False, goes_on=lambda: True, timeout=0.1)
+        await_scrape(lambda _when: False, goes_on=lambda: True, timeout=0.1, told=True)
 
     def test_nobody_will_come(self) -> None:
         """It ends when there is nothing to wait for."""
         goes_on = iter([True, True, False])
-        await_scrape(lambda _when: False, goes_on=lambda: next(goes_on), timeout=60)
+        await_scrape(lambda _when: False, goes_on=lambda: next(goes_on), timeout=60, told=True)
         assert next(goes_on, None) is None

@@ -198,7 +198,7 @@ class TestLinger:
         scraping.result(10)
         assert ["hits_total 1.0" in text for text in shown] == [False, True]
         assert not agent.state.services
-        assert "CONSUL_PROM_LINGER" not in caplog.text
+        assert "has counted since its last scrape" not in caplog.text
 
     def test_not_told_to(
         self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

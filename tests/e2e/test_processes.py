@@ -68,6 +68,7 @@ class Server(Program):
             "CONSUL_PROM_DIR": str(self.directory / "slots"),
             "CONSUL_HTTP_ADDR": consul.url,
             "CONSUL_PROM_ADDRESS": consul.address,
+            "CONSUL_PROM_LINGER": "0",  # nobody scrapes
         }
 
     def _arguments(self) -> Sequence[str]:
@@ -127,14 +128,15 @@ def test_pre_stop(consul: Consul, serve: Callable[..., Server]) -> None:
     assert not entries(consul)
 
 
-def script(consul: Consul, directory: Path) -> subprocess.Popen[str]:
-    """A job that has begun."""
+def script(consul: Consul, directory: Path, **more: str) -> subprocess.Popen[str]:
+    """A job that has begun; *more* is its environment."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "CONSUL_PROM_DIR": str(directory),
         "CONSUL_HTTP_ADDR": consul.url,
         "CONSUL_PROM_ADDRESS": consul.address,
+        **more,
     }
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -148,7 +150,7 @@ def script(consul: Consul, directory: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("end", ["end", "crash"])
 def test_script(consul: Consul, slot_directory: Path, end: str) -> None:
     """A job leaves no entry, however its last line went."""
-    with script(consul, slot_directory) as process:
+    with script(consul, slot_directory, CONSUL_PROM_LINGER="0") as process:
         process.communicate(f"{end}\n", timeout=DEADLINE)
     assert process.returncode == (end == "crash")
     assert not entries(consul)
@@ -157,7 +159,7 @@ def test_script(consul: Consul, slot_directory: Path, end: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_stopped_script(consul: Consul, slot_directory: Path, number: int) -> None:
     """Nor does one that is told to end, which it does as if we were not there."""
-    with script(consul, slot_directory) as process:
+    with script(consul, slot_directory) as process:  # whose LINGER is a minute
         process.send_signal(number)
         assert process.wait(DEADLINE) == -number
     assert not entries(consul)
@@ -165,7 +167,7 @@ def test_stopped_script(consul: Consul, slot_directory: Path, number: int) -> No
 
 def test_killed_script(consul: Consul, slot_directory: Path) -> None:
     """What a killed job leaves, another that runs removes."""
-    with script(consul, slot_directory) as killed, script(consul, slot_directory) as other:
+    with script(consul, slot_directory) as killed, script(consul, slot_directory, CONSUL_PROM_LINGER="0") as other:
         killed.kill()
         wait_until(
             lambda: set(workers_of(entries(consul)).values()) == {other.pid}, within=DEADLINE, what="its entry gone"
