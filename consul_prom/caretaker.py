@@ -31,6 +31,7 @@ Action = Literal["removed", "would remove", "gone", "kept", "refused", "failed"]
 
 L = TypeVar("L")
 ROUND: Final = 1.0
+GLANCES: Final = 8
 REPEAT_LOG: Final = 600.0
 _OURS: Final = f'Meta.managed_by == "{MARKER["managed_by"]}"'
 
@@ -149,9 +150,18 @@ class Caretaker:
                         if self._adoption:
                             await self._adoption.turn()  # first: what is adopted need not be swept away
                         await self.sweep()
-                        await self._sleep(ROUND)
+                        await self._rest()
                 finally:
                     await self._leave(slot)
+
+    async def _rest(self) -> None:
+        """Until the next round; where slots are adopted, until the directory tells that somebody came or went."""
+        glances = GLANCES if self._adoption else 1
+        before = slots.changes(self._directory, self._service)
+        for _ in range(glances):
+            await self._sleep(ROUND / glances)
+            if slots.changes(self._directory, self._service) != before:
+                return
 
     async def sweep(self) -> None:
         """Look at each slot whose process seems to be gone, once: what is settled is noted in its lock file."""

@@ -243,17 +243,18 @@ class Ledger:
         """
         known = self._families.get(family)
         if known is None or known.family.documentation != family.documentation:
-            self._write(_record(_FAMILY, json.dumps(asdict(family)).encode()))
-            known = self._families[family] = _Known(family, _NUMBER.pack(self._numbers), bytes(8 * family.values))
-            self._numbers += 1
+            number = self._numbers  # no call between these two
+            self._numbers = number + 1
+            self._write(_record(_FAMILY, json.dumps({**asdict(family), "number": number}).encode()))
+            known = self._families[family] = _Known(family, _NUMBER.pack(number), bytes(8 * family.values))
         return known
 
     def _write(self, record: bytes) -> int:
         """Append, with the rest zero: what a kill leaves of it fails its checksum. The offset of what was written."""
         size = len(record)
-        if self._end + size > self._allocated:
+        while self._end + size > self._allocated:
             self._grow(self._end + size + STEP)
-        # No call between these two: a birth by a signal handler or the garbage collector finds the room taken.
+        # No call up to here: a birth by a signal handler or the garbage collector finds the room taken, or leaves it.
         start = self._end
         self._end = start + size
         self._bytes[start : start + size] = record
@@ -265,11 +266,10 @@ class Ledger:
             raise LedgerError(f"it is full ({SIZE >> 20} MiB)")
         if self._zeroing or time.monotonic() < self._retry_at:
             raise LedgerError("there was no space for it just now")
-        start = self._allocated
         try:
-            if not _allocate(self._descriptor, start, end - start):
+            if not _allocate(self._descriptor, self._allocated, end):
                 self._zeroing = True  # a birth by a signal handler would be written over
-                _write_zeros(self._descriptor, start, end - start)
+                _write_zeros(self._descriptor, self._allocated, end)
         except OSError as error:
             self._retry_at = time.monotonic() + RETRY
             raise LedgerError(_reason(error)) from error
@@ -381,7 +381,7 @@ def _record(kind: int, payload: bytes, cells: bytes = b"") -> bytes:
 
 def _parse(data: mmap.mmap) -> Contents:
     head: dict[str, Any] = {}
-    families: list[Family] = []
+    families: dict[int, Family] = {}
     helps: dict[Family, str] = {}
     found: dict[tuple[Family, Labels], tuple[float, ...]] = {}
     offset = len(MAGIC)
@@ -391,9 +391,9 @@ def _parse(data: mmap.mmap) -> Contents:
             head = json.loads(payload)
         elif kind == _FAMILY:
             row = json.loads(payload)
-            families.append(
-                latest := Family(**{**row, "labelnames": tuple(row["labelnames"]), "bounds": tuple(row["bounds"])})
-            )
+            row.update(labelnames=tuple(row["labelnames"]), bounds=tuple(row["bounds"]))
+            number = row.pop("number")
+            latest = families[number] = Family(**row)
             helps[latest] = latest.documentation
         else:
             family = families[_NUMBER.unpack_from(payload)[0]]
@@ -425,10 +425,11 @@ def _records(data: mmap.mmap | bytes, offset: int) -> Iterator[tuple[int, bytes,
         offset = end
 
 
-def _allocate(descriptor: int, start: int, length: int) -> bool:
-    """False where the system or the file system knows no way; what is allocated twice is as it was."""
+def _allocate(descriptor: int, start: int, end: int) -> bool:
+    """False where the system or the file system knows no way; what is allocated already is as it was."""
     try:
-        os.posix_fallocate(descriptor, start, length)
+        if start < end:  # else a birth by a signal handler has seen to it
+            os.posix_fallocate(descriptor, start, end - start)
     except AttributeError:
         return False
     except OSError as error:
@@ -438,10 +439,9 @@ def _allocate(descriptor: int, start: int, length: int) -> bool:
     return True
 
 
-def _write_zeros(descriptor: int, start: int, length: int) -> None:
-    while length:
-        written = os.pwrite(descriptor, bytes(min(length, STEP)), start)
-        start, length = start + written, length - written
+def _write_zeros(descriptor: int, start: int, end: int) -> None:
+    while start < end:
+        start += os.pwrite(descriptor, bytes(min(end - start, STEP)), start)
 
 
 def _reason(error: Exception) -> str:

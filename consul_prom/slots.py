@@ -166,6 +166,17 @@ def remains(directory: Path, service: str = "*") -> list[Remains]:
     return found
 
 
+def changes(directory: Path, service: str) -> dict[str, int]:
+    """What differs as soon as a worker of *service* has come or gone, or a master has said something."""
+    prefix, found = f"{service}.", {}
+    with suppress(OSError), os.scandir(directory) as files:
+        for file in files:
+            if file.name.startswith(prefix) and not file.name.endswith(".ledger"):
+                with suppress(OSError):
+                    found[file.name] = file.stat(follow_symlinks=False).st_mtime_ns
+    return found
+
+
 class Survey(NamedTuple):
     """How many slots of a service have a worker, as their lock files say, and the numbers of those that have none."""
 

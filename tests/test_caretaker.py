@@ -22,7 +22,7 @@ from consul_prom.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout, AgentUnreachable, EndpointError
 from consul_prom.settings import load
-from tests.services.waiting import wait_until
+from tests.services.waiting import eventually, wait_until
 from tests.workers import Workers, meta, put
 
 ME = os.getpid()
@@ -679,3 +679,43 @@ class TestMasters:
         assert swept(agent)["shop.web-1.master"].verdict.state == "alive"
         slot.release()
         assert swept(agent)["shop.web-1.master"].action == "removed"
+
+
+class FakeAdoption:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.turns = 0
+        self.ended = False
+
+    async def turn(self) -> None:
+        self.turns += 1
+
+    async def end(self) -> None:
+        self.ended = True
+
+
+async def test_adoption(slot_directory: Path) -> None:
+    """Slots are looked at each round, and as soon as somebody has come or gone; it ends with the caretaker."""
+    slept: list[float] = []
+    adoption, newborns = FakeAdoption(), []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            newborns.append(slots.acquire(slot_directory, "shop"))
+        if sum(slept) > 4:
+            await asyncio.Event().wait()
+        await asyncio.sleep(0.01)  # a file system's clock ticks each 4 ms
+
+    slots.prepare(slot_directory)
+    working = asyncio.create_task(
+        caretaker.Caretaker(
+            FakeAgent({}), directory=slot_directory, service="shop", host="web-1", adoption=adoption, sleep=sleep
+        ).run()
+    )
+    await eventually(lambda: sum(slept) > 4, within=10, what="rounds")
+    working.cancel()
+    await asyncio.gather(working, return_exceptions=True)
+    rounds = 1 + 1 + 2  # the first, that of the newborn, and two of a second each
+    assert (adoption.turns, adoption.ended) == (rounds, True)

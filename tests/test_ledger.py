@@ -4,8 +4,10 @@ import errno
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,6 +316,39 @@ class TestSpace:
         assert len([labels for labels in found if "inner" not in labels[0]]) == 1500
         assert len(found) - 1500 == born - len(refused)
         assert (call == "pwrite") == bool(refused)
+
+    def test_growth_before_growth(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A birth by a signal handler that grows the file right before another growth leaves that nothing to do."""
+        book = take_over(path)
+        real, born = time.monotonic, iter(range(1))
+
+        def interrupted() -> float:
+            if next(born, None) is not None:
+                for number in range(5000):
+                    count(book, HITS, f"/inner/{number}")
+            return real()
+
+        monkeypatch.setattr(ledger, "time", SimpleNamespace(monotonic=interrupted, time=time.time))
+        for number in range(5000):
+            count(book, HITS, f"/{number}")
+        assert next(born, None) is None
+        assert len(take_over(path).inherited[HITS]) == 10_000
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_family_in_a_family(self, path: Path, monkeypatch: pytest.MonkeyPatch, *, before: bool) -> None:
+        """A family that a signal handler introduces right before or after another is written has its own series."""
+        book = take_over(path)
+        real, inner = Ledger._write, iter([SECONDS])
+
+        def interrupted(ledger: Ledger, record: bytes) -> int:
+            written = None if before else real(ledger, record)
+            for family in inner:
+                count(book, family, value=7)
+            return real(ledger, record) if written is None else written
+
+        monkeypatch.setattr(Ledger, "_write", interrupted)
+        count(book, HITS, "/", value=3)
+        assert totals(path) == {("hits", "/"): 3, ("seconds",): 7}
 
 
 def _failing(number: int) -> Callable[..., None]:

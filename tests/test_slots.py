@@ -315,6 +315,25 @@ class TestAdopted:
         assert slots.acquire(slot_directory, "shop").number == 1
         assert slot.wanted
 
+    def test_changes(self, slot: slots.Slot, slot_directory: Path) -> None:
+        """Whoever comes, goes or is adopted changes something; a look changes nothing, nor do others."""
+
+        def seen() -> dict[str, int]:
+            time.sleep(0.01)  # a file system's clock ticks each 4 ms
+            return slots.changes(slot_directory, "shop")
+
+        before = seen()
+        slots.survey(slot_directory, "shop")
+        slots.acquire(slot_directory, "till").settle()
+        assert seen() == before
+        another = slots.acquire(slot_directory, "shop")
+        assert (came := seen()) != before
+        another.settle()
+        assert (went := seen()) != came
+        slot.adopt()
+        assert seen() != went
+        assert slots.changes(slot_directory / "missing", "shop") == {}
+
     def test_survey(self, slot: slots.Slot, slot_directory: Path) -> None:
         """It is vacant, as those are that were settled, or whose worker is dead."""
         others = [slots.acquire(slot_directory, "shop") for _ in range(4)]

@@ -226,7 +226,8 @@ def test_wsgi(start: Callable[..., Shop], worker_class: str) -> None:
 
 def test_wsgiref(start: Callable[..., Shop]) -> None:
     """A bare application in `running`, on the server of the standard library."""
-    shop = start(lambda settings: Other("tests.e2e.wsgi_app", "{address}", settings=settings), workers=1)
+    lone = {"CONSUL_PROM_LINGER": "0"}  # nobody scrapes it
+    shop = start(lambda settings: Other("tests.e2e.wsgi_app", "{address}", settings={**settings, **lone}), workers=1)
     assert shop.pids() == {shop.server.pid}
     before = shop.total("other", 200)
     assert {int(shop.server.get("/shop/7")) for _ in range(10)} == {shop.server.pid}
