@@ -151,7 +151,10 @@ class ContinuedRegistry:
             vars(self._registry).pop(name, None)
         for bound in list(self._bound.values()):
             bound.leave(stays=True, locked=locked)
-        self._ledger.close()
+        if locked:
+            self._ledger.close()
+        else:
+            self._ledger.abandon()
 
     def _page(self, wanted: Callable[[list[str]], bool]) -> Iterator[Metric]:
         registry: Any = self._registry

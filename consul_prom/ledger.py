@@ -235,6 +235,16 @@ class Ledger:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def abandon(self) -> None:
+        """The same in a forked child, where mmap's own descriptor shall not stay either: only its file tells which."""
+        ours, null = os.fstat(self._descriptor), os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for entry in Path("/dev/fd").iterdir():
+            with suppress(OSError):  # the listing's own is closed by now
+                if os.path.samestat(os.fstat(int(entry.name)), ours):
+                    os.dup2(null, int(entry.name), inheritable=False)
+        os.close(null)
+        self.close()
+
     def introduce(self, family: Family) -> "_Known":
         """Append a family, or its new help.
 

@@ -35,7 +35,7 @@ import consul_prom
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 prometheus_client.Gauge("answer", "The answer.").set(42)
-with consul_prom.running() as worker:
+with consul_prom.running(linger=0) as worker:
     print(worker.url, flush=True)
     signal.pause()
 """
