@@ -55,12 +55,17 @@ class Place:
         return max(self.series // 2 // A_HISTOGRAM, 1)
 
     @property
+    def notes(self) -> Path:
+        """What the bench writes for itself."""
+        return self.directory / "bench"
+
+    @property
     def interval(self) -> float:
         """Seconds between two scrapes, which the bench may change; who pushes does it as often."""
-        return float((self.directory / "interval").read_text(encoding="ascii"))
+        return float((self.notes / "interval").read_text(encoding="ascii"))
 
     def set_interval(self, seconds: float) -> None:
-        (self.directory / "interval").write_text(str(seconds), encoding="ascii")
+        (self.notes / "interval").write_text(str(seconds), encoding="ascii")
 
 
 class Instruments(NamedTuple):

@@ -32,9 +32,14 @@ class Paced:
         assert self._process.stdout
         assert self._process.stdout.readline() == "ready\n"
 
-    def run(self) -> Load:
-        """Begin, and wait for the end."""
-        printed, _ = self._process.communicate("go\n", timeout=600)
+    def begin(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+
+    def end(self) -> Load:
+        """Wait for the end."""
+        printed, _ = self._process.communicate(timeout=600)
         return Load(*json.loads(printed))
 
 

@@ -20,7 +20,7 @@ worker_class = "sync"
 
 def post_fork(_server: Any, worker: Any) -> None:
     """Gunicorn's hook: a worker's start begins here."""
-    (PLACE.directory / f"forked-{worker.age}").write_text(str(time.time()), encoding="ascii")
+    (PLACE.notes / f"forked-{worker.age}").write_text(str(time.time()), encoding="ascii")
 
 
 def post_worker_init(worker: Any) -> None:

@@ -1,4 +1,4 @@
-"""A contender at work: Gunicorn with the application, the programs beside it, and a Prometheus that gets the metrics."""
+"""A contender at work: Gunicorn with the application, the programs beside it, and a Prometheus."""
 
 import http.client
 import os
@@ -6,10 +6,10 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, Self, TypeVar
+from typing import Final, Self, TypeVar
 
 import yaml
 
@@ -62,7 +62,15 @@ class _Server(Program):
 
     def _arguments(self) -> Sequence[str]:
         serve = "tests.bench.headtohead.serve"
-        return ["-m", "gunicorn", f"--config=python:{serve}", "--log-level=warning", *self._options, f"{serve}:app()"]
+        return [
+            "-m",
+            "gunicorn",
+            f"--config=python:{serve}",
+            "--timeout=120",
+            "--log-level=warning",
+            *self._options,
+            f"{serve}:app()",
+        ]
 
     def _ready(self) -> bool:
         try:
@@ -79,7 +87,14 @@ class System:
     """
 
     def __init__(
-        self, name: str, *, workers: int, series: int, interval: float = 1, scraped: bool = True, options: Sequence[str] = ()
+        self,
+        name: str,
+        *,
+        workers: int,
+        series: int,
+        interval: float = 1,
+        scraped: bool = True,
+        options: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.contender = load(name)
@@ -94,6 +109,7 @@ class System:
         try:
             directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{self.name}-")))
             self.place = Place(self.name, own_address(), directory, self._series)
+            self.place.notes.mkdir()
             self.place.set_interval(self._interval)
             server = _Server(self.contender, self.place, self._options)
             self.beside = [self._start(_Beside(helper, self.place)) for helper in self.contender.helpers(self.place)]
@@ -112,9 +128,15 @@ class System:
         return self.server.url
 
     @property
-    def directory(self) -> Path:
-        """What the contender keeps of its own."""
-        return self.place.directory
+    def started(self) -> int:
+        """How many workers have been started until now."""
+        return len(list(self.place.notes.glob("forked-*")))
+
+    @property
+    def disk(self) -> float:
+        """MiB on disk that the contender has."""
+        files = [path for path in self.place.directory.rglob("*") if path.parent != self.place.notes]
+        return sum(file.stat().st_blocks for file in files if file.is_file()) * 512 / 2**20
 
     def pids(self) -> dict[str, list[int]]:
         """By part: the server with its workers, the programs beside it, Prometheus."""
@@ -132,8 +154,15 @@ class System:
             children += map(int, (thread / "children").read_text(encoding="ascii").split())
         return children
 
-    def add_worker(self) -> None:
+    def birth(self) -> float:
+        """Seconds from the start of one more worker until Prometheus has a sample of it."""
+        number = self.started + 1
         os.kill(self.server.pid, signal.SIGTTIN)
+        begun = self.place.notes / f"forked-{number}"
+        wait_until(begun.exists, within=10, what="another worker", every=0.005)
+        births = f'worker_births_total{{number="{number}"}}'
+        wait_until(lambda: self.ask(births), within=60, what="its sample", every=0.01)
+        return time.time() - float(begun.read_text(encoding="ascii"))
 
     def set_interval(self, seconds: float) -> None:
         """From now on Prometheus scrapes each so many *seconds*, or the workers push."""
@@ -162,7 +191,8 @@ class System:
             )
 
     def _start(self, one: P) -> P:
-        return self._stack.enter_context(one)
+        self._stack.enter_context(one)
+        return one
 
     def _prometheus(self) -> Prometheus:
         return Prometheus(

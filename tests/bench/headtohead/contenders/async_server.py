@@ -4,7 +4,6 @@ Its own registration in Consul gives all workers one ID.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class _AsyncServer(Contender):
         self._file = fresh.rename(fresh.with_suffix(".json"))
 
     def stop(self) -> None:
-        os.unlink(self._file)
+        self._file.unlink()
 
 
 CONTENDER = _AsyncServer()

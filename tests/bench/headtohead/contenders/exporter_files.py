@@ -1,11 +1,11 @@
 """gunicorn-prometheus-exporter with files, under Gunicorn 23: its last release does not start under 27."""
 
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from typing import Any, Final
 
 from tests.bench.headtohead.contender import Contender, Instruments, Place, static
 
-REQUIREMENTS = ("gunicorn==23.0.0", "gunicorn-prometheus-exporter==0.2.4")
+REQUIREMENTS: Final[tuple[str, ...]] = ("gunicorn==23.0.0", "gunicorn-prometheus-exporter==0.2.4")
 
 
 class Exporter(Contender):
@@ -32,13 +32,13 @@ class Exporter(Contender):
     def configure(self, place: Place, configuration: MutableMapping[str, Any]) -> None:
         from gunicorn_prometheus_exporter import hooks
 
-        configuration |= {
-            "worker_class": "gunicorn_prometheus_exporter.PrometheusWorker",
-            "on_starting": hooks.default_on_starting,
-            "when_ready": getattr(hooks, self.ready_hook),
-            "worker_int": hooks.default_worker_int,
-            "on_exit": hooks.default_on_exit,
-        }
+        configuration.update(
+            worker_class="gunicorn_prometheus_exporter.PrometheusWorker",
+            on_starting=hooks.default_on_starting,
+            when_ready=getattr(hooks, self.ready_hook),
+            worker_int=hooks.default_worker_int,
+            on_exit=hooks.default_on_exit,
+        )
 
     def instruments(self, place: Place) -> Instruments:
         from tests.bench.headtohead import client

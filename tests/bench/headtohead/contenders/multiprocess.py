@@ -19,7 +19,10 @@ class _Multiprocess(Contender):
     def configure(self, place: Place, configuration: MutableMapping[str, Any]) -> None:
         from prometheus_client import multiprocess
 
-        configuration["child_exit"] = lambda _server, worker: multiprocess.mark_process_dead(worker.pid)
+        def child_exit(_server: Any, worker: Any) -> None:
+            multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+
+        configuration["child_exit"] = child_exit
 
     def instruments(self, place: Place) -> Instruments:
         from tests.bench.headtohead import client
@@ -31,7 +34,7 @@ class _Multiprocess(Contender):
         from prometheus_client.multiprocess import MultiProcessCollector
 
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
 

@@ -1,0 +1,176 @@
+"""The measurements. Each is of one contender; those of all are taken in turn, so that the machine's moods meet all."""
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from typing import Final
+
+from tests.bench.headtohead.contender import Unavailable
+from tests.bench.headtohead.load import Load, Paced, saturate
+from tests.bench.headtohead.plan import Cell, Plan
+from tests.bench.headtohead.programs import program
+from tests.bench.headtohead.system import System, cpu, memory
+from tests.services.waiting import wait_until
+
+Figures = Mapping[str, Sequence[float]]
+"""By row of the table: what was measured, once or several times."""
+SETTLED: Final = 45.0
+"""Seconds in which Prometheus must have all series."""
+A_COST: Final = 0.1
+"""Seconds that a round of one cost takes, about."""
+
+
+def costs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, Figures]]:
+    """Of one `inc` and one `observe`, in µs: all contenders stand, and are asked round by round."""
+    with ExitStack() as stack:
+        systems = []
+        for name in names:
+            try:
+                systems.append(stack.enter_context(System(name, workers=1, series=200, interval=15, scraped=False)))
+            except (Unavailable, AssertionError) as error:
+                yield name, {f"failed: {error}": []}
+        for what in ("inc", "observe"):
+            times = {system: max(int(A_COST / _cost(system, what, 100)), 100) for system in systems}
+            rounds = [{system: _cost(system, what, times[system]) for system in systems} for _ in range(plan.costs)]
+            for system in systems:
+                yield system.name, {f"one {what}, µs": [each[system] * 1e6 for each in rounds]}
+
+
+def _cost(system: System, what: str, times: int) -> float:
+    return float(system.server.call(f"/cost?what={what}&times={times}", timeout=60)[1])
+
+
+def cell(name: str, cell: Cell, plan: Plan) -> Figures:
+    """All that is taken of one server."""
+    figures: dict[str, Sequence[float]] = {}
+    with System(name, workers=cell.workers, series=cell.series, interval=cell.intervals[0]) as system:
+        system.wait_seen(within=SETTLED)
+        for interval in cell.intervals:
+            if interval != cell.intervals[0]:
+                system.set_interval(interval)
+            figures |= _window(system, cell, interval, plan)
+        if cell.details:
+            figures |= _details(system, cell, plan)
+        if cell.births and name != "nothing":
+            figures["worker start to its first sample, s"] = [system.birth() for _ in range(plan.births)]
+    return figures
+
+
+def _window(system: System, cell: Cell, interval: int, plan: Plan) -> Figures:
+    """Under a steady load: CPU by part, times of requests and of scrapes."""
+    seconds, parts = (plan.window, plan.parts) if interval == 1 else (float(interval), 1)
+    paced = Paced(system.place.address, rate=plan.rate, seconds=seconds)
+    pids = system.pids()
+    paced.begin()
+    readings = [_cpu(pids)]
+    begun = time.monotonic()
+    for part in range(1, parts + 1):
+        time.sleep(max(begun + seconds * part / parts - time.monotonic(), 0))
+        readings.append(_cpu(pids))
+    load = paced.end()
+    where = f"{cell}, each {interval} s"
+    thousands = plan.rate * seconds / parts / 1000
+    figures: dict[str, Sequence[float]] = {
+        f"CPU of {part} by 1,000 requests, s: {where}": [
+            (after[part] - before[part]) / thousands for before, after in pairwise(readings)
+        ]
+        for part in readings[0]
+    }
+    return {**figures, **_latencies(load, where), **_scrapes(system, where, seconds)}
+
+
+def _cpu(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
+    by_part = {part: cpu(members) for part, members in pids.items()}
+    return {"all": sum(by_part.values()), **by_part}
+
+
+def _latencies(load: Load, where: str) -> Figures:
+    """Of the requests: each half's, for the spread."""
+    if len(load.times) < 200:
+        return {f"requests failed: {where}": [load.failed]}
+    halves = [load.times[: len(load.times) // 2], load.times[len(load.times) // 2 :]]
+    percentiles = [statistics.quantiles(half, n=100) for half in halves]
+    return {
+        f"request p50, ms: {where}": [each[49] * 1000 for each in percentiles],
+        f"request p99, ms: {where}": [each[98] * 1000 for each in percentiles],
+        f"requests failed: {where}": [load.failed],
+    }
+
+
+def _scrapes(system: System, where: str, seconds: float) -> Figures:
+    if not system.contender.scraped:
+        return {}
+    window = f"[{seconds:g}s]"
+    took = system.ask(f"sum(avg_over_time(scrape_duration_seconds{window}))")
+    missed = system.ask(f"avg(1 - avg_over_time(up{window}))")
+    assert took is not None
+    assert missed is not None
+    return {
+        f"one scrape of all workers, ms: {where}": [took * 1000],
+        f"scrapes missed, %: {where}": [missed * 100],
+    }
+
+
+def _details(system: System, cell: Cell, plan: Plan) -> Figures:
+    pids = system.pids()
+    assert system.prometheus
+    series = system.prometheus.call("/api/v1/status/tsdb")[1]["data"]["headStats"]["numSeries"]
+    figures: dict[str, Sequence[float]] = {
+        f"memory a worker, MiB: {cell}": [memory(pids["workers"]) / cell.workers],
+        f"memory of what runs beside, MiB: {cell}": [memory(pids["beside"])],
+        f"series in Prometheus: {cell}": [series],
+    }
+    system.set_interval(1)
+    rates = [saturate(system.place.address, seconds=plan.saturation / 2) for _ in range(2)]
+    return {**figures, f"requests a second at most: {cell}, each 1 s": rates}
+
+
+def recycles(name: str, plan: Plan) -> Figures:
+    """Each request ends a worker, until enough have been replaced: what has grown, and what a scrape takes then."""
+    with System(name, workers=4, series=200, interval=15, options=["--max-requests=1"]) as system:
+        _rest(system)
+        disk, beside, goal = system.disk, memory(system.pids()["beside"]), system.started + plan.recycles
+        ends_at = time.monotonic() + plan.recycling
+        while system.started < goal and time.monotonic() < ends_at:
+            hey = [str(program("hey")), "-n", "100", "-c", "4", "-t", "5", "-disable-keepalive", system.url]
+            subprocess.run(hey, capture_output=True, timeout=120, check=True)
+        if system.started < goal:
+            short = plan.recycles - (goal - system.started)
+            raise Unavailable(f"only {short} recycles in {plan.recycling:g} s")
+        _rest(system)
+        where = f"after {plan.recycles:,} recycles"
+        grown: dict[str, Sequence[float]] = {
+            f"on disk, MiB: {where}": [system.disk - disk],
+            f"memory of what runs beside, MiB more: {where}": [memory(system.pids()["beside"]) - beside],
+        }
+        if system.contender.scraped:
+            system.set_interval(1)
+            time.sleep(4)
+            grown[f"one scrape of all workers, ms: 4 × 200, {where}"] = [
+                (system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))") or 0) * 1000
+            ]
+        return grown
+
+
+def _rest(system: System) -> None:
+    """Until all workers are there and no more are being started."""
+
+    def quiet() -> bool:
+        before = system.started
+        time.sleep(0.5)
+        return system.started == before and len(system.children()) == system.workers
+
+    wait_until(quiet, within=30, what="workers at rest")
+
+
+def guarded(measure: Callable[[], Figures]) -> Figures | str:
+    """Its figures, or in one line why there are none."""
+    try:
+        return measure()
+    except Unavailable as error:
+        return f"not run: {error}"
+    except (AssertionError, OSError, ValueError, subprocess.SubprocessError) as error:
+        return f"failed: {str(error).splitlines()[0]}"
