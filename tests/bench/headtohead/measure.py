@@ -46,7 +46,8 @@ def _cost(system: System, what: str, times: int) -> float:
 def cell(name: str, cell: Cell, plan: Plan) -> Figures:
     """All that is taken of one server."""
     figures: dict[str, Sequence[float]] = {}
-    with System(name, workers=cell.workers, series=cell.series, interval=cell.intervals[0]) as system:
+    eager = plan.eager or not cell.births
+    with System(name, workers=cell.workers, series=cell.series, interval=cell.intervals[0], eager=eager) as system:
         system.wait_seen(within=SETTLED)
         for interval in cell.intervals:
             if interval != cell.intervals[0]:
@@ -130,7 +131,7 @@ def _details(system: System, cell: Cell, plan: Plan) -> Figures:
 
 def recycles(name: str, plan: Plan) -> Figures:
     """Each request ends a worker, until enough have been replaced: what has grown, and what a scrape takes then."""
-    with System(name, workers=4, series=200, interval=15, options=["--max-requests=1"]) as system:
+    with System(name, workers=4, series=200, interval=15, eager=True, options=["--max-requests=1"]) as system:
         _rest(system)
         disk, beside, goal = system.disk, memory(system.pids()["beside"]), system.started + plan.recycles
         ends_at = time.monotonic() + plan.recycling
@@ -149,7 +150,7 @@ def recycles(name: str, plan: Plan) -> Figures:
         if system.contender.scraped:
             system.set_interval(1)
             time.sleep(4)
-            grown[f"one scrape of all workers, ms: 4 × 200, {where}"] = [
+            grown[f"one scrape of all workers, ms: 4 x 200, {where}"] = [
                 (system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))") or 0) * 1000
             ]
         return grown

@@ -29,7 +29,7 @@ class Cell(NamedTuple):
     """Whether throughput and memory are."""
 
     def __str__(self) -> str:
-        return f"{self.workers} × {self.series:,}"
+        return f"{self.workers} x {self.series:,}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,8 @@ class Plan:
     """Of the window, for the spread."""
     costs: int = 9
     """Rounds."""
+    eager: bool = False
+    """Whether Prometheus looks for new targets each second, where it would each 5 s: for a trial."""
     births: int = 3
     saturation: float = 4
     recycles: int = 1000
@@ -64,6 +66,7 @@ QUICK: Final = Plan(
     cells=(Cell(2, 200, (1,), births=True, details=True),),
     window=2,
     parts=2,
+    eager=True,
     costs=3,
     births=1,
     saturation=1,

@@ -22,6 +22,7 @@ from tests.services.waiting import wait_until
 
 P = TypeVar("P", bound=Program)
 ROOT: Final = Path(__file__).parents[3]
+EAGER: Final = "--scrape.discovery-reload-interval=1s"
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 OWN: Final = {"PYTHONPATH": str(ROOT), "PROMETHEUS_DISABLE_CREATED_SERIES": "true"}
 """`_created` would be a series more for each counter, of some contenders only."""
@@ -80,7 +81,9 @@ class _Server(Program):
 
 
 class System:
-    """A context manager. Without *scraped* there is no Prometheus; *options* are Gunicorn's.
+    """A context manager. Without *scraped* there is no Prometheus; *eager* it looks for targets each second.
+
+    *options* are Gunicorn's.
 
     Raises:
         Unavailable: something that the contender needs cannot be had.
@@ -94,6 +97,7 @@ class System:
         series: int,
         interval: float = 1,
         scraped: bool = True,
+        eager: bool = False,
         options: Sequence[str] = (),
     ) -> None:
         self.name = name
@@ -101,6 +105,7 @@ class System:
         self.workers = workers
         self._interval = interval
         self._scraped = scraped
+        self._flags = [EAGER] if eager else []
         self._series = series
         self._options = [f"--workers={workers}", *options]
         self._stack = ExitStack()
@@ -198,7 +203,7 @@ class System:
         return Prometheus(
             self.contender.prometheus(self.place),
             interval=f"{self._interval:g}s",
-            flags=["--web.enable-lifecycle", *self.contender.flags],
+            flags=["--web.enable-lifecycle", *self._flags, *self.contender.flags],
             address=self.place.address,
         )
 
