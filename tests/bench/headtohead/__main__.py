@@ -30,12 +30,12 @@ def run(names: Sequence[str], plan: Plan) -> Results:
         for name in names:
             figures = guarded(lambda name=name: measure(name))  # type: ignore[misc]
             results.add(name, part, figures)
-            print(f"{time.monotonic() - begun:6.0f} s  {part:24} {name:20} {_brief(figures)}", flush=True)
+            print(f"{time.monotonic() - begun:6.0f} s  {part:28} {name:20} {_brief(figures)}", flush=True)
 
     for name, figures in costs(names, plan):
         results.add(name, "cost of a call", figures)
     for one in plan.cells:
-        turn(f"workers x series: {one}", lambda name, one=one: cell(name, one, plan))  # type: ignore[misc]
+        turn(str(one), lambda name, one=one: cell(name, one, plan))  # type: ignore[misc]
     if plan.recycles:
         turn("recycles", lambda name: recycles(name, plan))
     return results
@@ -51,7 +51,7 @@ def write(results: Results, into: Path, *, head: str) -> None:
 def _brief(figures: Figures | str) -> str:
     if isinstance(figures, str):
         return figures
-    first = {row: values for row, values in figures.items() if row.startswith(("CPU of all", "on disk"))}
+    first = {row: values for row, values in figures.items() if row.startswith(("CPU of everything", "on disk"))}
     return ", ".join(f"{row.split(',')[0]} {sum(values) / len(values):.3g}" for row, values in first.items())
 
 

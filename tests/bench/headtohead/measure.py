@@ -72,10 +72,10 @@ def _window(system: System, cell: Cell, interval: int, plan: Plan) -> Figures:
         time.sleep(max(begun + seconds * part / parts - time.monotonic(), 0))
         readings.append(_cpu(pids))
     load = paced.end()
-    where = f"{cell}, each {interval} s"
+    where = f"{cell}, scraped each {interval} s"
     thousands = plan.rate * seconds / parts / 1000
     figures: dict[str, Sequence[float]] = {
-        f"CPU of {part} by 1,000 requests, s: {where}": [
+        f"CPU of {part}, s per 1,000 requests: {where}": [
             (after[part] - before[part]) / thousands for before, after in pairwise(readings)
         ]
         for part in readings[0]
@@ -85,7 +85,7 @@ def _window(system: System, cell: Cell, interval: int, plan: Plan) -> Figures:
 
 def _cpu(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
     by_part = {part: cpu(members) for part, members in pids.items()}
-    return {"all": sum(by_part.values()), **by_part}
+    return {"everything": sum(by_part.values()), **by_part}
 
 
 def _latencies(load: Load, where: str) -> Figures:
@@ -126,7 +126,7 @@ def _details(system: System, cell: Cell, plan: Plan) -> Figures:
     }
     system.set_interval(1)
     rates = [saturate(system.place.address, seconds=plan.saturation / 2) for _ in range(2)]
-    return {**figures, f"requests a second at most: {cell}, each 1 s": rates}
+    return {**figures, f"requests a second at most: {cell}, scraped each 1 s": rates}
 
 
 def recycles(name: str, plan: Plan) -> Figures:
@@ -136,7 +136,8 @@ def recycles(name: str, plan: Plan) -> Figures:
         disk, beside, goal = system.disk, memory(system.pids()["beside"]), system.started + plan.recycles
         ends_at = time.monotonic() + plan.recycling
         while system.started < goal and time.monotonic() < ends_at:
-            hey = [str(program("hey")), "-n", "100", "-c", "4", "-t", "5", "-disable-keepalive", system.url]
+            number = str(max(min(goal - system.started, 100), 4))
+            hey = [str(program("hey")), "-n", number, "-c", "4", "-t", "5", "-disable-keepalive", system.url]
             subprocess.run(hey, capture_output=True, timeout=120, check=True)
         if system.started < goal:
             short = plan.recycles - (goal - system.started)
@@ -149,10 +150,10 @@ def recycles(name: str, plan: Plan) -> Figures:
         }
         if system.contender.scraped:
             system.set_interval(1)
-            time.sleep(4)
-            grown[f"one scrape of all workers, ms: 4 x 200, {where}"] = [
-                (system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))") or 0) * 1000
-            ]
+            wait_until(lambda: system.ask("min(min_over_time(up[3s]))"), within=SETTLED, what="all of them scraped")
+            took = system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))")
+            assert took is not None
+            grown[f"one scrape of all workers, ms: 4 workers x 200 series, {where}"] = [took * 1000]
         return grown
 
 

@@ -29,7 +29,7 @@ class Cell(NamedTuple):
     """Whether throughput and memory are."""
 
     def __str__(self) -> str:
-        return f"{self.workers} x {self.series:,}"
+        return f"{self.workers} workers x {self.series:,} series"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

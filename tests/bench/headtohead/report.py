@@ -21,7 +21,7 @@ NO_MATTER: Final = ("series in Prometheus", "CPU of workers", "CPU of beside", "
 ORDER: Final = (
     "one inc",
     "one observe",
-    "CPU of all",
+    "CPU of everything",
     "one scrape",
     "request p50",
     "request p99",
