@@ -2,11 +2,12 @@
 
     python -m tests.bench.targets [seconds]
 
-A real Consul, in which `AgentClient` registers the documents of as many workers, a hundred a host; a real Prometheus
-with our configuration, a fresh one for each row, scrapes each *seconds*. One process answers for all workers: one
+A real Consul server with as many real agents as it takes at 2,000 workers each, with which `AgentClient` registers the
+documents of the workers, a hundred a host; a real Prometheus with our configuration, a fresh one for each row, scrapes
+each *seconds*. One process answers for all workers: one
 socket, but an address of 127.0.0.0/8 for each, so that Prometheus has a connection a target as it would have in life.
 "One more" is a worker that is registered when all is at rest: until Prometheus knows its target, and what CPU that
-took beyond the rest's, of both. Memory is the resident set.
+took beyond the rest's, of server, agents and Prometheus. CPU is seconds by minute, memory the resident set.
 """
 
 import asyncio
@@ -16,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -39,15 +41,16 @@ NARROW: Final = 10
 WIDE: Final = 110
 """Series of a worker; the wide one is for the slope, with the first of the sizes."""
 A_HOST: Final = 100
+AN_AGENT: Final = 2000
 PORT: Final = 9100
 AT_A_TIME: Final = 4
 DEADLINE: Final = 120.0
 RECORDED: Final = "route_status:http_requests:rate1m"
 QUERY: Final = "sum without (instance) (rate(http_requests_total[1m]))"
-COLUMNS: Final = "{:>8} {:>7} {:>11} {:>14} {:>11} {:>10} {:>10} {:>9} {:>9} {:>12} {:>8} {:>10}"
+COLUMNS: Final = "{:>8} {:>7} {:>11} {:>15} {:>15} {:>9} {:>11} {:>9} {:>8} {:>11} {:>6} {:>11}"
 HEADS: Final = (
-    *("workers", "series", "registered", "Consul", "answer", "discovered", "one more", "its CPU"),
-    *("scraped", "Prometheus", "MiB", "series all"),
+    *("workers", "series", "registered", "server", "an agent", "answer", "discovered", "one more", "its CPU"),
+    *("Prometheus", "MiB", "series all"),
 )
 
 
@@ -64,19 +67,21 @@ def _document(number: int, agent: str) -> dict[str, Any]:
     return {**registration.document(), "Check": None}
 
 
-async def _register(numbers: Sequence[int], agent: str) -> None:
-    """All of them, four at a time."""
-    clients = [
-        AgentClient(load({"service": "shop", "consul_http_addr": agent}, environ={}), timeout=DEADLINE)
-        for _ in range(AT_A_TIME)
-    ]
+async def _register(numbers: Sequence[int], agents: Sequence[str]) -> None:
+    """All of them with their agents, four at a time."""
 
-    async def some(client: AgentClient, mine: Sequence[int]) -> None:
+    async def some(mine: Sequence[int]) -> None:
+        clients = [_client(agent) for agent in agents]
         for number in mine:
-            await client.register(_document(number, agent))
-        await client.aclose()
+            await clients[number // AN_AGENT].register(_document(number, agents[number // AN_AGENT]))
+        for client in clients:
+            await client.aclose()
 
-    await asyncio.gather(*(some(client, numbers[first::AT_A_TIME]) for first, client in enumerate(clients)))
+    await asyncio.gather(*(some(numbers[first::AT_A_TIME]) for first in range(AT_A_TIME)))
+
+
+def _client(agent: str) -> AgentClient:
+    return AgentClient(load({"service": "shop", "consul_http_addr": agent}, environ={}), timeout=DEADLINE)
 
 
 class _Page(asyncio.Protocol):
@@ -170,7 +175,8 @@ class _Point(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Bench:
-    consul: Consul
+    server: Consul
+    agents: Sequence[Consul]
     directory: Path
     seconds: float
     flags: Sequence[str]
@@ -178,22 +184,18 @@ class _Bench:
     def register(self, numbers: Sequence[int]) -> float:
         """Seconds that it took."""
         begun = time.monotonic()
-        asyncio.run(_register(numbers, self.consul.url))
+        asyncio.run(_register(numbers, [agent.url for agent in self.agents]))
         return time.monotonic() - begun
 
     def point(self, size: int, series: int, registered: str) -> _Point:
-        """Measure and print one row; the agent has *size* workers."""
-        with _pages(series), self._monitor() as prometheus:
+        """Measure and print one row; so many workers are registered."""
+        file = self.directory / "rules.yml"
+        with _pages(series), _Monitor(self.agents[0].url, file, self.seconds, self.flags) as prometheus:
             discovered = _since(lambda: prometheus.discovered() >= size, "all targets known")
-            scraped = _since(lambda: prometheus.query_value('sum(up{job="shop"})') == size, "all targets scraped")
-            consul, own = self._rest(self.consul.pid), self._rest(prometheus.pid)
-            answer = len(self.consul.call("/v1/health/service/shop-metrics", timeout=DEADLINE)[1].__repr__())
-            before, at = self._cpu(prometheus), time.monotonic()
-            self.register([size])
-            one_more = _since(lambda: prometheus.discovered() > size, "one more target known")
-            time.sleep(2)  # it is at rest again
-            beyond = self._cpu(prometheus) - before - (consul + own) / 60 * (time.monotonic() - at)
-            asyncio.run(self._deregister(size))
+            _since(lambda: prometheus.query_value('sum(up{job="shop"})') == size, "all targets scraped")
+            pids = [self.server.pid, self.agents[0].pid, prometheus.pid]
+            server, agent, own = self._rest(pids)
+            one_more, beyond = self._one_more(size, prometheus, pids, (server + agent + own) / 60)
             memory, all_series = resident(prometheus.pid), prometheus.own("prometheus_tsdb_head_series")
             wait_until(lambda: prometheus.query(RECORDED), within=60, what="the rule")
             asked, looked_up = prometheus.time(QUERY), prometheus.time(RECORDED)
@@ -202,35 +204,54 @@ class _Bench:
             size,
             series,
             registered,
-            f"{consul:.1f} s {resident(self.consul.pid):.0f} MiB",
-            f"{answer / 2**20:.1f} MiB",
+            *(f"{cpu:.1f} s {resident(pid):.0f} MiB" for cpu, pid in ((server, pids[0]), (agent, pids[1]))),
         ]
-        cells += [
-            f"{discovered:.1f} s",
-            f"{one_more:.1f} s",
-            f"{max(beyond, 0):.1f} s",
-            f"{scraped:.1f} s",
-            f"{own:.1f} s",
-        ]
-        print(COLUMNS.format(*cells, f"{memory:.0f}", f"{all_series:.0f}"), flush=True)
+        cells += [f"{self._answer() / 2**20:.1f} MiB", f"{discovered:.1f} s", f"{one_more:.1f} s", f"{beyond:.2f} s"]
+        print(COLUMNS.format(*cells, f"{own:.1f} s", f"{memory:.0f}", f"{all_series:.0f}"), flush=True)
         return _Point(size, memory, all_series, asked, looked_up, evaluated)
 
-    def _monitor(self) -> _Monitor:
-        return _Monitor(self.consul.url, self.directory / "rules.yml", self.seconds, self.flags)
-
-    def _rest(self, pid: int) -> float:
+    def _rest(self, pids: Sequence[int]) -> list[float]:
         """Seconds of CPU by minute, over one interval."""
-        before, at = Load.of(pid).cpu, time.monotonic()
-        time.sleep(self.seconds / 2)
-        return (Load.of(pid).cpu - before) / (time.monotonic() - at) * 60
+        before, at = [Load.of(pid).cpu for pid in pids], time.monotonic()
+        time.sleep(self.seconds)
+        minutes = (time.monotonic() - at) / 60
+        return [(Load.of(pid).cpu - cpu) / minutes for pid, cpu in zip(pids, before, strict=True)]
 
-    def _cpu(self, prometheus: Prometheus) -> float:
-        return Load.of(self.consul.pid).cpu + Load.of(prometheus.pid).cpu
+    def _one_more(self, size: int, prometheus: _Monitor, pids: Sequence[int], rest: float) -> tuple[float, float]:
+        """Seconds until another worker's target is known, and of CPU beyond the *rest*'s by second."""
+        before, at = sum(Load.of(pid).cpu for pid in pids), time.monotonic()
+        number = size - 1 + A_HOST * A_HOST  # of a host that is not there yet
+        document = {**_document(number, self.agents[0].url), "Address": _address(size)}
+        asyncio.run(self._call(lambda client: client.register(document)))
+        took = _since(lambda: prometheus.discovered() > size, "one more target known")
+        time.sleep(2)  # it is at rest again
+        beyond = sum(Load.of(pid).cpu for pid in pids) - before - rest * (time.monotonic() - at)
+        asyncio.run(self._call(lambda client: client.deregister(document["ID"])))
+        return took, max(beyond, 0)
 
-    async def _deregister(self, number: int) -> None:
-        client = AgentClient(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
-        assert await client.deregister(_document(number, self.consul.url)["ID"])
+    async def _call(self, what: Callable[[AgentClient], Awaitable[Any]]) -> None:
+        client = _client(self.agents[0].url)
+        await what(client)
         await client.aclose()
+
+    def _answer(self) -> int:
+        """Bytes that Prometheus gets at each change."""
+        with urllib.request.urlopen(f"{self.agents[0].url}/v1/health/service/shop-metrics", timeout=DEADLINE) as answer:
+            return len(answer.read())
+
+
+@contextmanager
+def _datacentre(workers: int) -> Iterator[tuple[Consul, list[Consul]]]:
+    """A server, and agents for so many workers."""
+    with ExitStack() as stack:
+        server = stack.enter_context(Consul(dev=False))
+        config = {"server": False, "bootstrap_expect": None, "performance": None, "retry_join": [server.address]}
+        agents = [Consul(dev=False, config=config) for _ in range(-(-workers // AN_AGENT))]
+        for agent in agents:
+            stack.callback(agent.close)
+            stack.callback(agent.kill)  # leaving would take seconds
+            agent.start()
+        yield server, agents
 
 
 def _since(check: Callable[[], bool], what: str) -> float:
@@ -258,8 +279,8 @@ def _print_slopes(narrow: Sequence[_Point], wide: _Point) -> None:
 def main(seconds: float, *, sizes: Sequence[int] = SIZES, flags: Sequence[str] = ()) -> None:
     """Print the table; sizes grow. *flags* are given to Prometheus."""
     print(COLUMNS.format(*HEADS), flush=True)
-    with tempfile.TemporaryDirectory() as directory, Consul() as consul:
-        bench = _Bench(consul, Path(directory), seconds, flags)
+    with tempfile.TemporaryDirectory() as directory, _datacentre(sizes[-1]) as (server, agents):
+        bench = _Bench(server, agents, Path(directory), seconds, flags)
         narrow, have = [], 0
         for size in sizes:
             took = bench.register(range(have, size))
