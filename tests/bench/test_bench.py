@@ -1,10 +1,15 @@
 """The benches that are run by hand still run, with tiny numbers; what they print is not judged."""
 
+import dataclasses
 import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from tests.bench import footprint, rest, scale, start
+from tests.bench.headtohead import __main__ as contest
+from tests.bench.headtohead.plan import QUICK, Cell
 from tests.services.binaries import require
 
 
@@ -42,3 +47,22 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
     scale.main(0.3, sizes=[2, 5], intervals=[1], settle=0.2)
     rows = re.findall(r"^ +([25]) +1 s +[0-9.]+ s +0, 0 .* (\d+) +\d+$", capsys.readouterr().out, re.MULTILINE)
     assert rows == [("2", "0"), ("5", "0")] * 2
+
+
+def test_head_to_head(tmp_path: Path) -> None:
+    """The contest runs, says who was not there, and writes a table with a verdict a row and a chart with its bars."""
+    require("consul")
+    require("prometheus")
+    cell = Cell(1, 40, (1,))
+    plan = dataclasses.replace(QUICK, cells=(cell,), window=1, costs=1, recycles=0)
+    results = contest.run(["ours", "multiprocess"], plan)
+    results.add("pushgateway", "costs", "not run: it is not here")
+    contest.write(results, tmp_path, head="today")
+    assert results.reasons == [("pushgateway", "costs", "not run: it is not here")]
+    table, chart = ((tmp_path / f"headtohead.{kind}").read_text() for kind in ("md", "svg"))
+    figure = r"[0-9.,]+(?: <sub>[0-9., to]+</sub>)?"
+    assert re.search(rf"^\| one inc, µs \| {figure} \| {figure} \| [*a-z]+", table, re.MULTILINE)
+    assert re.search(rf"^\| CPU of everything.*{cell}.* \| {figure} \| {figure} \| [*a-z]+", table, re.MULTILINE)
+    assert "- Pushgateway, costs: not run: it is not here" in table
+    assert ET.fromstring(chart).tag.endswith("svg")  # noqa: S314  # just written
+    assert chart.count(">consul-prom<") >= 3

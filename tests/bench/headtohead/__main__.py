@@ -11,6 +11,8 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,18 +28,21 @@ def run(names: Sequence[str], plan: Plan) -> Results:
     """All of the plan."""
     results, begun = Results(names), time.monotonic()
 
-    def turn(part: str, measure: Callable[[str], Figures]) -> None:
-        for name in names:
-            figures = guarded(lambda name=name: measure(name))  # type: ignore[misc]
+    def turn(part: str, measure: Callable[[str], Figures], *, at_once: int = 1) -> None:
+        def one(name: str) -> None:
+            figures = guarded(lambda: measure(name))
             results.add(name, part, figures)
             print(f"{time.monotonic() - begun:6.0f} s  {part:28} {name:20} {_brief(figures)}", flush=True)
+
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(one, names))
 
     for name, figures in costs(names, plan):
         results.add(name, "cost of a call", figures)
     for one in plan.cells:
-        turn(str(one), lambda name, one=one: cell(name, one, plan))  # type: ignore[misc]
+        turn(str(one), partial(cell, one, plan=plan))
     if plan.recycles:
-        turn("recycles", lambda name: recycles(name, plan))
+        turn("recycles", lambda name: recycles(name, plan), at_once=2)  # Gunicorn mostly sleeps between two forks
     return results
 
 

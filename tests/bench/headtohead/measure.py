@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from http.client import HTTPException
 from itertools import pairwise
 from typing import Final
 
@@ -17,7 +18,7 @@ from tests.services.waiting import wait_until
 
 Figures = Mapping[str, Sequence[float]]
 """By row of the table: what was measured, once or several times."""
-SETTLED: Final = 45.0
+SETTLED: Final = 30.0
 """Seconds in which Prometheus must have all series."""
 A_COST: Final = 0.1
 """Seconds that a round of one cost takes, about."""
@@ -43,7 +44,7 @@ def _cost(system: System, what: str, times: int) -> float:
     return float(system.server.call(f"/cost?what={what}&times={times}", timeout=60)[1])
 
 
-def cell(name: str, cell: Cell, plan: Plan) -> Figures:
+def cell(cell: Cell, name: str, plan: Plan) -> Figures:
     """All that is taken of one server."""
     figures: dict[str, Sequence[float]] = {}
     eager = plan.eager or not cell.births
@@ -80,7 +81,8 @@ def _window(system: System, cell: Cell, interval: int, plan: Plan) -> Figures:
         ]
         for part in readings[0]
     }
-    return {**figures, **_latencies(load, where), **_scrapes(system, where, seconds)}
+    figures[f"CPU of the load generator, s per 1,000 requests: {where}"] = [load.cpu / plan.rate / seconds * 1000]
+    return {**figures, **_latencies(load, where), **_scrapes(system, where, seconds if interval == 1 else 0)}
 
 
 def _cpu(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -102,13 +104,15 @@ def _latencies(load: Load, where: str) -> Figures:
 
 
 def _scrapes(system: System, where: str, seconds: float) -> Figures:
+    """Over the last *seconds*, or the last ones only."""
     if not system.contender.scraped:
         return {}
-    window = f"[{seconds:g}s]"
-    took = system.ask(f"sum(avg_over_time(scrape_duration_seconds{window}))")
-    missed = system.ask(f"avg(1 - avg_over_time(up{window}))")
-    assert took is not None
-    assert missed is not None
+    duration, up = "scrape_duration_seconds", "up"
+    if seconds:
+        duration, up = (f"avg_over_time({name}[{seconds:g}s])" for name in (duration, up))
+    took, missed = system.ask(f"sum({duration})"), system.ask(f"avg(1 - {up})")
+    assert took is not None, "no scrape"
+    assert missed is not None, "no scrape"
     return {
         f"one scrape of all workers, ms: {where}": [took * 1000],
         f"scrapes missed, %: {where}": [missed * 100],
@@ -152,7 +156,7 @@ def recycles(name: str, plan: Plan) -> Figures:
             system.set_interval(1)
             wait_until(lambda: system.ask("min(min_over_time(up[3s]))"), within=SETTLED, what="all of them scraped")
             took = system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))")
-            assert took is not None
+            assert took is not None, "no scrape"
             grown[f"one scrape of all workers, ms: 4 workers x 200 series, {where}"] = [took * 1000]
         return grown
 
@@ -174,5 +178,5 @@ def guarded(measure: Callable[[], Figures]) -> Figures | str:
         return measure()
     except Unavailable as error:
         return f"not run: {error}"
-    except (AssertionError, OSError, ValueError, subprocess.SubprocessError) as error:
-        return f"failed: {str(error).splitlines()[0]}"
+    except (AssertionError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
+        return f"failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}"

@@ -1,5 +1,6 @@
 """The table, as Markdown."""
 
+import math
 import os
 import platform
 import statistics
@@ -14,10 +15,21 @@ OURS: Final = "ours"
 CONTROL: Final = "nothing"
 """Who takes no part."""
 EQUAL: Final = 1.1
-"""Times the best; less than that is no difference on a machine that others use too."""
+"""Times the best; less than that is no difference, nor is less than what the control differs by."""
 MORE_IS_BETTER: Final = ("requests a second at most",)
-NO_MATTER: Final = ("series in Prometheus", "CPU of workers", "CPU of beside", "CPU of prometheus")
+CONTROLS: Final = "CPU of the load generator"
+"""The same work whoever answers: what differs here is the machine's mood."""
+NO_MATTER: Final = ("series in Prometheus", "CPU of workers", "CPU of beside", "CPU of prometheus", CONTROLS)
 """Parts of other rows, and what follows from having targets."""
+WHY: Final = {
+    "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum",
+    "one scrape": "Prometheus asks each worker, here summed; it does so in parallel, and spread over the interval",
+    "worker start": "Prometheus takes up new targets each 5 s, whoever tells it; a sum has no new target",
+    "memory a worker": "aiohttp and the agent's client are in each worker, next to prometheus_client",
+    "memory of what runs beside": "the Consul agent, which a host with Consul runs anyway",
+    "on disk": "a slot's files, which its next worker goes on with",
+}
+"""Where we are behind: for what."""
 ORDER: Final = (
     "one inc",
     "one observe",
@@ -36,6 +48,7 @@ ORDER: Final = (
     "CPU of workers",
     "CPU of beside",
     "CPU of prometheus",
+    CONTROLS,
     "series in",
 )
 
@@ -60,6 +73,12 @@ class Results:
         """As the table has them: of the same kind together."""
         return sorted(self.figures, key=lambda row: next(i for i, kind in enumerate(ORDER) if row.startswith(kind)))
 
+    def unevenness(self, row: str) -> float:
+        """How many times the least the most of the control is, for the same server as that of *row*."""
+        control = self.figures.get(f"{CONTROLS}, s per 1,000 requests: {row.partition(': ')[2]}", {})
+        medians = [statistics.median(values) for values in control.values()]
+        return max(medians) / min(medians) if medians else 1.0
+
     def median(self, row: str, name: str) -> float | None:
         values = self.figures.get(row, {}).get(name)
         return statistics.median(values) if values else None
@@ -80,10 +99,16 @@ def markdown(results: Results, *, head: str) -> str:
         cells = [_cell(results, row, name) for name in results.names]
         lines.append(f"| {row} | {' | '.join(cells)} | {verdict(results, row)} |")
     lines += ["", *(f"- **{load(name).title}**: {load(name).how}" for name in results.names)]
+    lines += ["", *_excuses(results)]
     if results.reasons:
         lines += ["", "**Not measured:**", ""]
         lines += [f"- {load(name).title}, {part}: {reason}" for name, part, reason in results.reasons]
     return "\n".join([*lines, ""])
+
+
+def _excuses(results: Results) -> list[str]:
+    behind = [row for row in results.rows() if verdict(results, row).startswith("behind")]
+    return [f"- behind in *{kind}*: {why}" for kind, why in WHY.items() if any(row.startswith(kind) for row in behind)]
 
 
 def verdict(results: Results, row: str) -> str:
@@ -95,12 +120,20 @@ def verdict(results: Results, row: str) -> str:
         return ""
     more = row.startswith(MORE_IS_BETTER)
     best = (max if more else min)(known, key=lambda name: known[name])
-    better, worse = (ours, known[best]) if more else (known[best], ours)
-    if worse <= better * EQUAL or f"{worse:.2g}" == f"{better:.2g}":
-        factor = better / worse if worse else 1.0
-        return f"**first**, {factor:.1f} x" if factor > EQUAL else "equal"
-    behind = f"{worse / better:.1f} x" if better > 0 else f"{ours:.3g} to 0"
-    return f"behind, {behind} {load(best).title}"
+    gain, least = _gain(ours, known[best], more=more), max(EQUAL, results.unevenness(row))
+    if gain > least:
+        return f"**first**, by {gain:.1f} x" if gain < math.inf else "**first**"
+    if gain * least >= 1:
+        return "equal"
+    return f"behind, {1 / gain:.1f} x {load(best).title}" if gain else f"behind, {short(ours)} to 0"
+
+
+def _gain(ours: float, theirs: float, *, more: bool) -> float:
+    """How many times as good we are."""
+    if short(ours) == short(theirs):
+        return 1.0
+    above, below = (ours, theirs) if more else (theirs, ours)
+    return above / below if below else math.inf
 
 
 def _cell(results: Results, row: str, name: str) -> str:
