@@ -43,6 +43,7 @@ def run(names: Sequence[str], plan: Plan) -> Results:
         turn(str(one), partial(cell, one, plan=plan))
     if plan.recycles:
         turn("recycles", lambda name: recycles(name, plan), at_once=2)  # Gunicorn mostly sleeps between two forks
+    results.even()
     return results
 
 

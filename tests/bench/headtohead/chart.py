@@ -5,7 +5,8 @@ from html import escape
 from typing import Final
 
 from tests.bench.headtohead.contender import load
-from tests.bench.headtohead.report import CONTROL, OURS, Results, short
+from tests.bench.headtohead.plan import CONTROL, OURS
+from tests.bench.headtohead.report import Results, short
 
 LABELS: Final = 270
 BARS: Final = 380

@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+OURS: Final = "ours"
+CONTROL: Final = "nothing"
+"""Takes no part."""
 CONTENDERS: Final = (
-    "ours",
+    OURS,
     "multiprocess",
     "async_server",
     "exporter_files",
@@ -12,9 +15,9 @@ CONTENDERS: Final = (
     "statsd_client",
     "pushgateway",
     "opentelemetry_sdk",
-    "nothing",
+    CONTROL,
 )
-"""Modules of `contenders`; the last one is only what to compare with."""
+"""Modules of `contenders`."""
 
 
 class Cell(NamedTuple):
@@ -43,7 +46,7 @@ class Plan:
     """At an interval of 1 s; a longer one is watched for as long as itself."""
     parts: int = 4
     """Of the window, for the spread."""
-    costs: int = 9
+    costs: int = 15
     """Rounds."""
     eager: bool = False
     """Whether Prometheus looks for new targets each second, where it would each 5 s: for a trial."""

@@ -10,21 +10,25 @@ from datetime import UTC, datetime
 from typing import Final
 
 from tests.bench.headtohead.contender import load
+from tests.bench.headtohead.plan import CONTROL, OURS
 
-OURS: Final = "ours"
-CONTROL: Final = "nothing"
-"""Who takes no part."""
 EQUAL: Final = 1.1
-"""Times the best; less than that is no difference, nor is less than what the control differs by."""
-MORE_IS_BETTER: Final = ("requests a second at most",)
-CONTROLS: Final = "CPU of the load generator"
+"""Times the best; less than that is no difference, nor are spreads that meet."""
+MORE_IS_BETTER: Final = ("requests a second at most", "counters in Prometheus")
+GENERATOR: Final = "CPU of the load generator"
 """The same work whoever answers: what differs here is the machine's mood."""
-NO_MATTER: Final = ("series in Prometheus", "CPU of workers", "CPU of beside", "CPU of prometheus", CONTROLS)
+EVENED: Final = ("CPU of everything", "CPU of workers", "CPU of beside", "CPU of prometheus")
+NO_MATTER: Final = ("series in Prometheus", *EVENED[1:], GENERATOR)
 """Parts of other rows, and what follows from having targets."""
+LEGEND: Final = (
+    "Medians, and <sub>quartiles</sub> (of less than four: least and most). CPU is evened: times what the load generator, "
+    "the same work for all, took on average, by what it took in the same seconds. *Equal* is within 10 %, where spreads "
+    "meet, or, for times of requests and scrapes, within what the load generator differed by."
+)
 WHY: Final = {
     "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum",
     "one scrape": "Prometheus asks each worker, here summed; it does so in parallel, and spread over the interval",
-    "worker start": "Prometheus takes up new targets each 5 s, whoever tells it; a sum has no new target",
+    "worker start": "Prometheus asks Consul, and takes up what is new, each 5 s; a sum has no new target",
     "memory a worker": "aiohttp and the agent's client are in each worker, next to prometheus_client",
     "memory of what runs beside": "the Consul agent, which a host with Consul runs anyway",
     "on disk": "a slot's files, which its next worker goes on with",
@@ -43,12 +47,13 @@ ORDER: Final = (
     "memory of what runs beside, MiB:",
     "on disk",
     "memory of what runs beside, MiB more",
+    "counters in Prometheus",
     "scrapes missed",
     "requests failed",
     "CPU of workers",
     "CPU of beside",
     "CPU of prometheus",
-    CONTROLS,
+    GENERATOR,
     "series in",
 )
 
@@ -73,11 +78,23 @@ class Results:
         """As the table has them: of the same kind together."""
         return sorted(self.figures, key=lambda row: next(i for i, kind in enumerate(ORDER) if row.startswith(kind)))
 
+    def even(self) -> None:
+        """Scale what was used of the CPU to a machine that is equally fast for all, as the load generator tells."""
+        for row, by_name in self.figures.items():
+            generator = self._generator(row)
+            if row.startswith(EVENED) and generator:
+                usual = statistics.median(generator.values())
+                for name, values in by_name.items():
+                    by_name[name] = [value * usual / generator[name] for value in values]
+
     def unevenness(self, row: str) -> float:
-        """How many times the least the most of the control is, for the same server as that of *row*."""
-        control = self.figures.get(f"{CONTROLS}, s per 1,000 requests: {row.partition(': ')[2]}", {})
-        medians = [statistics.median(values) for values in control.values()]
-        return max(medians) / min(medians) if medians else 1.0
+        """How many times the least the most of the load generator's CPU is, while *row* was taken."""
+        used = self._generator(row).values()
+        return 1.0 if row.startswith(EVENED) or not used else max(used) / min(used)
+
+    def _generator(self, row: str) -> dict[str, float]:
+        found = self.figures.get(f"{GENERATOR}, s per 1,000 requests: {row.partition(': ')[2]}", {})
+        return {name: values[0] for name, values in found.items()}
 
     def median(self, row: str, name: str) -> float | None:
         values = self.figures.get(row, {}).get(name)
@@ -98,7 +115,7 @@ def markdown(results: Results, *, head: str) -> str:
     for row in results.rows():
         cells = [_cell(results, row, name) for name in results.names]
         lines.append(f"| {row} | {' | '.join(cells)} | {verdict(results, row)} |")
-    lines += ["", *(f"- **{load(name).title}**: {load(name).how}" for name in results.names)]
+    lines += ["", LEGEND, "", *(f"- **{load(name).title}**: {load(name).how}" for name in results.names)]
     lines += ["", *_excuses(results)]
     if results.reasons:
         lines += ["", "**Not measured:**", ""]
@@ -121,11 +138,29 @@ def verdict(results: Results, row: str) -> str:
     more = row.startswith(MORE_IS_BETTER)
     best = (max if more else min)(known, key=lambda name: known[name])
     gain, least = _gain(ours, known[best], more=more), max(EQUAL, results.unevenness(row))
+    if _meet(results.figures[row][OURS], results.figures[row][best]):
+        return "equal"
     if gain > least:
         return f"**first**, by {gain:.1f} x" if gain < math.inf else "**first**"
     if gain * least >= 1:
         return "equal"
     return f"behind, {1 / gain:.1f} x {load(best).title}" if gain else f"behind, {short(ours)} to 0"
+
+
+def _meet(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two spreads have something in common; single figures have none."""
+    if len(ours) < 2 or len(theirs) < 2:
+        return False
+    (low, high), (least, most) = spread(ours), spread(theirs)
+    return low <= most and least <= high
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles, or of few values the least and the most."""
+    if len(values) < 4:
+        return min(values), max(values)
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
 
 
 def _gain(ours: float, theirs: float, *, more: bool) -> float:
@@ -143,11 +178,14 @@ def _cell(results: Results, row: str, name: str) -> str:
     middle = short(statistics.median(values))
     if len(values) == 1:
         return middle
-    return f"{middle} <sub>{short(min(values))} to {short(max(values))}</sub>"
+    low, high = map(short, spread(values))
+    return f"{middle} <sub>{low} to {high}</sub>"
 
 
 def short(value: float) -> str:
     """Three digits, without an exponent."""
+    if abs(value) < 0.005:
+        return "0.00"
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
