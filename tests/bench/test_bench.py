@@ -7,9 +7,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.bench import footprint, rest, scale, start
+from tests.bench import footprint, rest, scale, start, targets
 from tests.bench.headtohead import __main__ as contest
 from tests.bench.headtohead.plan import QUICK, Cell
+from tests.bench.headtohead.system import EAGER
 from tests.services.binaries import require
 
 
@@ -58,6 +59,7 @@ def test_head_to_head(tmp_path: Path) -> None:
     results = contest.run(["ours", "multiprocess"], plan)
     results.add("pushgateway", "costs", "not run: it is not here")
     contest.write(results, tmp_path, head="today")
+    assert results.figures[f"counters in Prometheus, %: {cell}"] == {"ours": [100], "multiprocess": [100]}
     assert results.reasons == [("pushgateway", "costs", "not run: it is not here")]
     table, chart = ((tmp_path / f"headtohead.{kind}").read_text() for kind in ("md", "svg"))
     figure = r"[0-9.,]+(?: <sub>[0-9., to]+</sub>)?"
@@ -66,3 +68,13 @@ def test_head_to_head(tmp_path: Path) -> None:
     assert "- Pushgateway, costs: not run: it is not here" in table
     assert ET.fromstring(chart).tag.endswith("svg")  # noqa: S314  # just written
     assert chart.count(">consul-prom<") >= 3
+
+
+def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of many targets prints a row for narrow pages and one for wide, and what rules save."""
+    require("consul")
+    require("prometheus")
+    targets.main(1, sizes=[2], flags=[EAGER])
+    printed = capsys.readouterr().out
+    assert re.findall(r"^ +2 +(\d+) .* \d+$", printed, re.MULTILINE) == ["10", "110"]
+    assert re.search(r"rules, 2 workers: the sum takes [0-9]+ ms a query", printed)
