@@ -50,6 +50,15 @@ def test_even() -> None:
     assert verdict(results, p99) == "equal"
 
 
+def test_incomplete() -> None:
+    """Who did not get its counters to Prometheus beats nobody."""
+    row, seen = "one scrape of all workers, ms: 4 workers, scraped each 1 s", "counters in Prometheus, %: 4 workers"
+    results = Results(NAMES, {row: {"ours": [2.0], "multiprocess": [1.0]}, seen: {"multiprocess": [98.0]}})
+    assert verdict(results, row) == ""
+    results.figures[seen]["multiprocess"] = [100.0]
+    assert verdict(results, row) == "behind, 2.0 x multiprocess mode"
+
+
 def test_absent() -> None:
     """Who cannot be had is a loud cell in each row, and a line with the reason."""
     results = Results(NAMES)

@@ -20,19 +20,20 @@ Figures = Mapping[str, Sequence[float]]
 """By row of the table: what was measured, once or several times."""
 SETTLED: Final = 30.0
 """Seconds in which Prometheus must have all series."""
+FAILURES: Final = (Unavailable, AssertionError, OSError, ValueError, HTTPException, subprocess.SubprocessError)
 A_COST: Final = 0.05
 """Seconds that a round of one cost takes, about."""
 
 
-def costs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, Figures]]:
+def costs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, Figures | str]]:
     """Of one `inc` and one `observe`, in µs: all contenders stand, and are asked round by round."""
     with ExitStack() as stack:
         systems = []
         for name in names:
             try:
                 systems.append(stack.enter_context(System(name, workers=1, series=200, interval=15, scraped=False)))
-            except (Unavailable, AssertionError) as error:
-                yield name, {f"failed: {error}": []}
+            except FAILURES as error:
+                yield name, _reason(error)
         for what in ("inc", "observe"):
             times = {system: max(int(A_COST / _cost(system, what, 100)), 100) for system in systems}
             rounds = [{system: _cost(system, what, times[system]) for system in systems} for _ in range(plan.costs)]
@@ -179,7 +180,10 @@ def guarded(measure: Callable[[], Figures]) -> Figures | str:
     """Its figures, or in one line why there are none."""
     try:
         return measure()
-    except Unavailable as error:
-        return f"not run: {error}"
-    except (AssertionError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
-        return f"failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
+    except FAILURES as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{'not run' if isinstance(error, Unavailable) else 'failed'}: {first}"

@@ -23,7 +23,7 @@ NO_MATTER: Final = ("series in Prometheus", *EVENED[1:], GENERATOR)
 LEGEND: Final = (
     "Medians, and <sub>quartiles</sub> (of less than four: least and most). CPU is evened: divided by what the load "
     "generator, the same work for all, took in the same seconds, times its average. *Equal* is within 10 %, where "
-    " spreads meet, or, for times of requests and scrapes, within what the load generator differed by."
+    "spreads meet, or, for times of requests and scrapes, within what the load generator differed by."
 )
 WHY: Final = {
     "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum",
@@ -96,6 +96,12 @@ class Results:
         found = self.figures.get(f"{GENERATOR}, s per 1,000 requests: {row.partition(': ')[2]}", {})
         return {name: values[0] for name, values in found.items()}
 
+    def complete(self, row: str, name: str) -> bool:
+        """Whether Prometheus had what the contender counted, while *row* was taken: doing less is no way to win."""
+        server = row.partition(": ")[2].partition(", scraped")[0]
+        seen = self.median(f"counters in Prometheus, %: {server}", name)
+        return seen is None or seen >= 99
+
     def median(self, row: str, name: str) -> float | None:
         values = self.figures.get(row, {}).get(name)
         return statistics.median(values) if values else None
@@ -132,7 +138,7 @@ def verdict(results: Results, row: str) -> str:
     """How we stand among all that take part."""
     ours = results.median(row, OURS)
     others = {name: results.median(row, name) for name in results.names if name not in {OURS, CONTROL}}
-    known = {name: value for name, value in others.items() if value is not None}
+    known = {name: value for name, value in others.items() if value is not None and results.complete(row, name)}
     if row.startswith(NO_MATTER) or ours is None or not known:
         return ""
     more = row.startswith(MORE_IS_BETTER)
