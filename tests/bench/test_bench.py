@@ -57,7 +57,7 @@ def test_head_to_head(tmp_path: Path) -> None:
     cell = Cell(1, 40, (1,))
     plan = dataclasses.replace(QUICK, cells=(cell,), window=1, costs=1, recycles=0)
     results = contest.run(["ours", "multiprocess"], plan)
-    results.add("pushgateway", "costs", "not run: it is not here")
+    results.add("pushgateway", "costs", {}, "not run: it is not here")
     contest.write(results, tmp_path, head="today")
     assert results.figures[f"counters in Prometheus, %: {cell}"] == {"ours": [100], "multiprocess": [100]}
     assert results.reasons == [("pushgateway", "costs", "not run: it is not here")]

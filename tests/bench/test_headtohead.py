@@ -1,8 +1,11 @@
 """The contest's table is fair, and loud about who was not there."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.bench.headtohead.contender import Unavailable, load
+from tests.bench.headtohead.measure import Figures, guarded
 from tests.bench.headtohead.plan import CONTENDERS
 from tests.bench.headtohead.programs import program
 from tests.bench.headtohead.report import Results, markdown, verdict
@@ -63,7 +66,7 @@ def test_absent() -> None:
     """Who cannot be had is a loud cell in each row, and a line with the reason."""
     results = Results(NAMES)
     results.add("ours", "recycles", {"on disk": [1.0]})
-    results.add("multiprocess", "recycles", "not run: no disk")
+    results.add("multiprocess", "recycles", {}, "not run: no disk")
     table = markdown(results, head="today")
     assert "| on disk | 1.00 | **not run** | - |" in table
     assert "- multiprocess mode, recycles: not run: no disk" in table
@@ -82,6 +85,16 @@ def test_missing_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Unavailable, match="redis-server is not in PATH; Debian's package redis-server has it"):
         program("redis-server")
+
+
+def test_partial() -> None:
+    """What was measured before something failed is kept, with the reason for the rest."""
+
+    def measurements() -> Iterator[Figures]:
+        yield {"one inc": [1.0]}
+        raise Unavailable("hey is not here")
+
+    assert guarded(measurements()) == ({"one inc": [1.0]}, "not run: hey is not here")
 
 
 def test_contenders() -> None:

@@ -10,7 +10,7 @@ is a line that says so. About 25 minutes on two cores, with --quick two.
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,17 +28,17 @@ def run(names: Sequence[str], plan: Plan) -> Results:
     """All of the plan."""
     results, begun = Results(names), time.monotonic()
 
-    def turn(part: str, measure: Callable[[str], Figures], *, at_once: int = 1) -> None:
+    def turn(part: str, measure: Callable[[str], Iterator[Figures]], *, at_once: int = 1) -> None:
         def one(name: str) -> None:
-            figures = guarded(lambda: measure(name))
-            results.add(name, part, figures)
-            print(f"{time.monotonic() - begun:6.0f} s  {part:28} {name:20} {_brief(figures)}", flush=True)
+            figures, reason = guarded(measure(name))
+            results.add(name, part, figures, reason)
+            print(f"{time.monotonic() - begun:6.0f} s  {part:28} {name:20} {reason or _brief(figures)}", flush=True)
 
         with ThreadPoolExecutor(at_once) as pool:
             list(pool.map(one, names))
 
-    for name, figures in costs(names, plan):
-        results.add(name, "cost of a call", figures)
+    for name, figures, reason in costs(names, plan):
+        results.add(name, "cost of a call", figures, reason)
     for one in plan.cells:
         turn(str(one), partial(cell, one, plan=plan))
     if plan.recycles:
@@ -54,9 +54,7 @@ def write(results: Results, into: Path, *, head: str) -> None:
     (into / "headtohead.svg").write_text(svg(results, head=head), encoding="utf-8")
 
 
-def _brief(figures: Figures | str) -> str:
-    if isinstance(figures, str):
-        return figures
+def _brief(figures: Figures) -> str:
     first = {row: values for row, values in figures.items() if row.startswith(("CPU of everything", "on disk"))}
     return ", ".join(f"{row.split(',')[0]} {sum(values) / len(values):.3g}" for row, values in first.items())
 

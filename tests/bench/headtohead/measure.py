@@ -3,7 +3,7 @@
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from http.client import HTTPException
 from itertools import pairwise
@@ -25,7 +25,7 @@ A_COST: Final = 0.05
 """Seconds that a round of one cost takes, about."""
 
 
-def costs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, Figures | str]]:
+def costs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, Figures, str]]:
     """Of one `inc` and one `observe`, in µs: all contenders stand, and are asked round by round."""
     with ExitStack() as stack:
         systems = []
@@ -33,21 +33,20 @@ def costs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, Figures | str
             try:
                 systems.append(stack.enter_context(System(name, workers=1, series=200, interval=15, scraped=False)))
             except FAILURES as error:
-                yield name, _reason(error)
+                yield name, {}, reason(error)
         for what in ("inc", "observe"):
             times = {system: max(int(A_COST / _cost(system, what, 100)), 100) for system in systems}
             rounds = [{system: _cost(system, what, times[system]) for system in systems} for _ in range(plan.costs)]
             for system in systems:
-                yield system.name, {f"one {what}, µs": [each[system] * 1e6 for each in rounds]}
+                yield system.name, {f"one {what}, µs": [each[system] * 1e6 for each in rounds]}, ""
 
 
 def _cost(system: System, what: str, times: int) -> float:
     return float(system.server.call(f"/cost?what={what}&times={times}", timeout=60)[1])
 
 
-def cell(cell: Cell, name: str, plan: Plan) -> Figures:
+def cell(cell: Cell, name: str, plan: Plan) -> Iterator[Figures]:
     """All that is taken of one server."""
-    figures: dict[str, Sequence[float]] = {}
     eager = plan.eager or not cell.births
     with System(name, workers=cell.workers, series=cell.series, interval=cell.intervals[0], eager=eager) as system:
         if name != CONTROL:
@@ -55,14 +54,17 @@ def cell(cell: Cell, name: str, plan: Plan) -> Figures:
         for interval in cell.intervals:
             if interval != cell.intervals[0]:
                 system.set_interval(interval)
-            figures |= _window(system, cell, interval, plan)
+            yield _window(system, cell, interval, plan)
+            yield _scrapes(system, f"{cell}, scraped each {interval} s", plan.window if interval == 1 else 0)
         if name != CONTROL:
-            figures[f"counters in Prometheus, %: {cell}"] = [system.seen * 100]
+            yield {f"counters in Prometheus, %: {cell}": [system.seen * 100]}
         if cell.details:
-            figures |= _details(system, cell, plan)
+            yield _sizes(system, cell)
+            system.set_interval(1)
+            rates = [saturate(system.place.address, seconds=plan.saturation / 2) for _ in range(2)]
+            yield {f"requests a second at most: {cell}, scraped each 1 s": rates}
         if cell.births and name != CONTROL:
-            figures["worker start to its first sample, s"] = [system.birth() for _ in range(plan.births)]
-    return figures
+            yield {"worker start to its first sample, s": [system.birth() for _ in range(plan.births)]}
 
 
 def _window(system: System, cell: Cell, interval: int, plan: Plan) -> Figures:
@@ -86,7 +88,7 @@ def _window(system: System, cell: Cell, interval: int, plan: Plan) -> Figures:
         for part in readings[0]
     }
     figures[f"CPU of the load generator, s per 1,000 requests: {where}"] = [load.cpu / plan.rate / seconds * 1000]
-    return {**figures, **_latencies(load, where), **_scrapes(system, where, seconds if interval == 1 else 0)}
+    return {**figures, **_latencies(load, where)}
 
 
 def _cpu(pids: Mapping[str, Sequence[int]]) -> dict[str, float]:
@@ -123,21 +125,18 @@ def _scrapes(system: System, where: str, seconds: float) -> Figures:
     }
 
 
-def _details(system: System, cell: Cell, plan: Plan) -> Figures:
+def _sizes(system: System, cell: Cell) -> Figures:
     pids = system.pids()
     assert system.prometheus
     series = system.prometheus.call("/api/v1/status/tsdb")[1]["data"]["headStats"]["numSeries"]
-    figures: dict[str, Sequence[float]] = {
+    return {
         f"memory a worker, MiB: {cell}": [memory(pids["workers"]) / cell.workers],
         f"memory of what runs beside, MiB: {cell}": [memory(pids["beside"])],
         f"series in Prometheus: {cell}": [series],
     }
-    system.set_interval(1)
-    rates = [saturate(system.place.address, seconds=plan.saturation / 2) for _ in range(2)]
-    return {**figures, f"requests a second at most: {cell}, scraped each 1 s": rates}
 
 
-def recycles(name: str, plan: Plan) -> Figures:
+def recycles(name: str, plan: Plan) -> Iterator[Figures]:
     """Each request ends a worker, until enough have been replaced: what has grown, and what a scrape takes then."""
     with System(name, workers=4, series=200, interval=15, eager=True, options=["--max-requests=1"]) as system:
         _rest(system)
@@ -152,7 +151,7 @@ def recycles(name: str, plan: Plan) -> Figures:
             raise Unavailable(f"only {short} recycles in {plan.recycling:g} s")
         _rest(system)
         where = f"after {plan.recycles:,} recycles"
-        grown: dict[str, Sequence[float]] = {
+        yield {
             f"on disk, MiB: {where}": [system.disk - disk],
             f"memory of what runs beside, MiB more: {where}": [memory(system.pids()["beside"]) - beside],
         }
@@ -161,8 +160,7 @@ def recycles(name: str, plan: Plan) -> Figures:
             wait_until(lambda: system.ask("min(min_over_time(up[3s]))"), within=SETTLED, what="all of them scraped")
             took = system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))")
             assert took is not None, "no scrape"
-            grown[f"one scrape of all workers, ms: 4 workers x 200 series, {where}"] = [took * 1000]
-        return grown
+            yield {f"one scrape of all workers, ms: 4 workers x 200 series, {where}": [took * 1000]}
 
 
 def _rest(system: System) -> None:
@@ -176,14 +174,18 @@ def _rest(system: System) -> None:
     wait_until(quiet, within=30, what="workers at rest")
 
 
-def guarded(measure: Callable[[], Figures]) -> Figures | str:
-    """Its figures, or in one line why there are none."""
+def guarded(measurements: Iterator[Figures]) -> tuple[Figures, str]:
+    """The figures until the end, or until something failed; then, in one line, what."""
+    figures: dict[str, Sequence[float]] = {}
     try:
-        return measure()
+        for some in measurements:
+            figures |= some
     except FAILURES as error:
-        return _reason(error)
+        return figures, reason(error)
+    return figures, ""
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """In one line why something was not measured."""
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     return f"{'not run' if isinstance(error, Unavailable) else 'failed'}: {first}"

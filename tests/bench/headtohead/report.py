@@ -67,12 +67,12 @@ class Results:
     reasons: list[tuple[str, str, str]] = field(default_factory=list)
     """Contender, part of the run, reason."""
 
-    def add(self, name: str, part: str, figures: Mapping[str, Sequence[float]] | str) -> None:
-        if isinstance(figures, str):
-            self.reasons.append((name, part, figures))
-        else:
-            for row, values in figures.items():
-                self.figures.setdefault(row, {})[name] = values
+    def add(self, name: str, part: str, figures: Mapping[str, Sequence[float]], reason: str = "") -> None:
+        """*reason*: why these are not all."""
+        for row, values in figures.items():
+            self.figures.setdefault(row, {})[name] = values
+        if reason:
+            self.reasons.append((name, part, reason))
 
     def rows(self) -> list[str]:
         """As the table has them: of the same kind together."""
