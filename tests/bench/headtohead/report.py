@@ -21,9 +21,12 @@ EVENED: Final = ("CPU of everything", "CPU of workers", "CPU of beside", "CPU of
 NO_MATTER: Final = ("series in Prometheus", *EVENED[1:], GENERATOR)
 """Parts of other rows, and what follows from having targets."""
 LEGEND: Final = (
-    "Medians, and <sub>quartiles</sub> (of less than four: least and most). CPU is evened: divided by what the load "
-    "generator, the same work for all, took in the same seconds, times its average. *Equal* is within 10 %, where "
-    "spreads meet, or, for times of requests and scrapes, within what the load generator differed by."
+    "Each request does a little work, counts one hit and observes one time, of other labels each time; there are "
+    "200 a second, but for the row that says at most. Half of a worker's series are counters, half are histograms "
+    "of 11 series; `_created` is off for all. Medians, and <sub>quartiles</sub> (of less than four: least and "
+    "most). CPU is evened: divided by what the load generator, the same work for all, took in the same seconds, "
+    "times its average. *Equal* is within 10 %, where spreads meet, or, for times of requests and scrapes, within "
+    "what the load generator differed by."
 )
 WHY: Final = {
     "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum",
