@@ -65,10 +65,10 @@ def test_incomplete() -> None:
 def test_absent() -> None:
     """Who cannot be had is a loud cell in each row, and a line with the reason."""
     results = Results(NAMES)
-    results.add("ours", "recycles", {"on disk": [1.0]})
+    results.add("ours", "recycles", {"more on disk": [1.0]})
     results.add("multiprocess", "recycles", {}, "not run: no disk")
     table = markdown(results, head="today")
-    assert "| on disk | 1.00 | **not run** | - |" in table
+    assert "| more on disk | 1.00 | **not run** | - |" in table
     assert "- multiprocess mode, recycles: not run: no disk" in table
 
 

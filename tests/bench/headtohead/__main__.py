@@ -55,7 +55,7 @@ def write(results: Results, into: Path, *, head: str) -> None:
 
 
 def _brief(figures: Figures) -> str:
-    first = {row: values for row, values in figures.items() if row.startswith(("CPU of everything", "on disk"))}
+    first = {row: values for row, values in figures.items() if row.startswith(("CPU of everything", "more on disk"))}
     return ", ".join(f"{row.split(',')[0]} {sum(values) / len(values):.3g}" for row, values in first.items())
 
 

@@ -140,27 +140,33 @@ def recycles(name: str, plan: Plan) -> Iterator[Figures]:
     """Each request ends a worker, until enough have been replaced: what has grown, and what a scrape takes then."""
     with System(name, workers=4, series=200, interval=15, eager=True, options=["--max-requests=1"]) as system:
         _rest(system)
-        disk, beside, goal = system.disk, memory(system.pids()["beside"]), system.started + plan.recycles
+        before, started = _kept(system), system.started
         ends_at = time.monotonic() + plan.recycling
-        while system.started < goal and time.monotonic() < ends_at:
-            number = str(max(min(goal - system.started, 100), 4))
-            hey = [str(program("hey")), "-n", number, "-c", "4", "-t", "5", "-disable-keepalive", system.url]
-            subprocess.run(hey, capture_output=True, timeout=120, check=True)
-        if system.started < goal:
-            short = plan.recycles - (goal - system.started)
-            raise Unavailable(f"only {short} recycles in {plan.recycling:g} s")
+        while (left := started + plan.recycles - system.started) > 0 and time.monotonic() < ends_at:
+            some = ["-n", str(max(min(left, 100), 4)), "-c", "4", "-t", "5", "-disable-keepalive"]
+            subprocess.run([str(program("hey")), *some, system.url], capture_output=True, timeout=120, check=True)
         _rest(system)
-        where = f"after {plan.recycles:,} recycles"
+        done, where = system.started - started, f"by {plan.recycles:,} recycles"
         yield {
-            f"on disk, MiB: {where}": [system.disk - disk],
-            f"memory of what runs beside, MiB more: {where}": [memory(system.pids()["beside"]) - beside],
+            f"{what} {where}": [(after - first) * plan.recycles / done]
+            for (what, after), first in zip(_kept(system).items(), before.values(), strict=True)
         }
         if system.contender.scraped:
             system.set_interval(1)
             wait_until(lambda: system.ask("min(min_over_time(up[3s]))"), within=SETTLED, what="all of them scraped")
             took = system.ask("sum(avg_over_time(scrape_duration_seconds[3s]))")
             assert took is not None, "no scrape"
-            yield {f"one scrape of all workers, ms: 4 workers x 200 series, {where}": [took * 1000]}
+            yield {
+                f"one scrape of all workers, ms: 4 workers x 200 series, after {plan.recycles:,} recycles": [
+                    took * 1000
+                ]
+            }
+        assert left <= 0, f"{done} recycles in {plan.recycling:g} s: growth is scaled, and a scrape is after so many"
+
+
+def _kept(system: System) -> dict[str, float]:
+    beside = memory(system.pids()["beside"])
+    return {"more on disk, MiB:": system.disk, "more memory of what runs beside, MiB:": beside}
 
 
 def _rest(system: System) -> None:

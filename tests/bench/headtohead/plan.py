@@ -53,7 +53,7 @@ class Plan:
     births: int = 3
     saturation: float = 4
     recycles: int = 1000
-    recycling: float = 60
+    recycling: float = 100
     """At most."""
 
 

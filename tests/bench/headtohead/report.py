@@ -34,7 +34,8 @@ WHY: Final = {
     "worker start": "Prometheus asks Consul, and takes up what is new, each 5 s; a sum has no new target",
     "memory a worker": "aiohttp and the agent's client are in each worker, next to prometheus_client",
     "memory of what runs beside": "the Consul agent, which a host with Consul runs anyway",
-    "on disk": "a slot's files, which its next worker goes on with",
+    "more memory of what runs beside": "the Consul agent, whose heap grows a little with traffic",
+    "more on disk": "a slot's files, which its next worker goes on with",
 }
 """Where we are behind: for what."""
 ORDER: Final = (
@@ -48,8 +49,8 @@ ORDER: Final = (
     "worker start",
     "memory a worker",
     "memory of what runs beside, MiB:",
-    "on disk",
-    "memory of what runs beside, MiB more",
+    "more on disk",
+    "more memory of what runs beside",
     "counters in Prometheus",
     "scrapes missed",
     "requests failed",
