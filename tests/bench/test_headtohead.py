@@ -72,6 +72,14 @@ def test_absent() -> None:
     assert "- multiprocess mode, recycles: not run: no disk" in table
 
 
+def test_same() -> None:
+    """A row in which nobody differs is a sentence."""
+    results = Results(NAMES, {"requests failed: 4 workers": {"ours": [0.0], "multiprocess": [0.0], "nothing": [0.0]}})
+    assert "\nThe same for all: requests failed: 4 workers.\n" in markdown(results, head="today")
+    results.figures["requests failed: 4 workers"]["multiprocess"] = [1.0]
+    assert "| requests failed: 4 workers | 0.00 | 1.00 | 0.00 | **first** |" in markdown(results, head="today")
+
+
 def test_excuse() -> None:
     """Where we are behind, the table says why; where we are not, it does not."""
     results = Results(NAMES, {"memory a worker": {"ours": [2.0], "multiprocess": [1.0]}})

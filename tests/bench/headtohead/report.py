@@ -28,6 +28,8 @@ LEGEND: Final = (
     "times its average. *Equal* is within 10 %, where spreads meet, or, for times of requests and scrapes, within "
     "what the load generator differed by."
 )
+OF_SCRAPES: Final = ("one scrape", "scrapes missed")
+"""Who is not scraped has none of these."""
 WHY: Final = {
     "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum",
     "one scrape": "Prometheus asks each worker, here summed; it does so in parallel, and spread over the interval",
@@ -100,6 +102,11 @@ class Results:
         found = self.figures.get(f"{GENERATOR}, s per 1,000 requests: {row.partition(': ')[2]}", {})
         return {name: values[0] for name, values in found.items()}
 
+    def same(self, row: str) -> bool:
+        """Whether all that were measured had the same, as where no request failed; not where only one was."""
+        shown = [short(statistics.median(values)) for values in self.figures[row].values()]
+        return len(shown) > 1 and len(set(shown)) == 1 and not row.startswith(GENERATOR)
+
     def complete(self, row: str, name: str) -> bool:
         """Whether Prometheus had what the contender counted, while *row* was taken: doing less is no way to win."""
         server = row.partition(": ")[2].partition(", scraped")[0]
@@ -120,17 +127,28 @@ def machine() -> str:
 
 def markdown(results: Results, *, head: str) -> str:
     """The table, its legend, and whatever was not run."""
-    titles = [load(name).title for name in results.names]
-    lines = [head, "", f"| | {' | '.join(titles)} | consul-prom is |", f"|---{'|---:' * len(titles)}|---|"]
-    for row in results.rows():
-        cells = [_cell(results, row, name) for name in results.names]
-        lines.append(f"| {row} | {' | '.join(cells)} | {verdict(results, row)} |")
-    lines += ["", LEGEND, "", *(f"- **{load(name).title}**: {load(name).how}" for name in results.names)]
+    telling = [row for row in results.rows() if not results.same(row)]
+    judged = [row for row in telling if not row.startswith(NO_MATTER)]
+    others = [row for row in telling if row.startswith(NO_MATTER)]
+    lines = [head, "", *_table(results, judged), "", LEGEND]
+    if same := [row for row in results.rows() if results.same(row)]:
+        lines += ["", f"The same for all: {'; '.join(same)}."]
+    lines += ["", "<details><summary>Parts of these, and the load generator</summary>", "", *_table(results, others)]
+    lines += ["", "</details>", "", *(f"- **{load(name).title}**: {load(name).how}" for name in results.names)]
     lines += ["", *_excuses(results)]
     if results.reasons:
         lines += ["", "**Not measured:**", ""]
         lines += [f"- {load(name).title}, {part}: {reason}" for name, part, reason in results.reasons]
     return "\n".join([*lines, ""])
+
+
+def _table(results: Results, rows: Sequence[str]) -> list[str]:
+    titles = [load(name).title for name in results.names]
+    lines = [f"| | {' | '.join(titles)} | consul-prom is |", f"|---{'|---:' * len(titles)}|---|"]
+    for row in rows:
+        cells = [_cell(results, row, name) for name in results.names]
+        lines.append(f"| {row} | {' | '.join(cells)} | {verdict(results, row)} |")
+    return lines
 
 
 def _excuses(results: Results) -> list[str]:
@@ -183,6 +201,8 @@ def _gain(ours: float, theirs: float, *, more: bool) -> float:
 
 def _cell(results: Results, row: str, name: str) -> str:
     values = results.figures[row].get(name)
+    if not values and row.startswith(OF_SCRAPES) and not load(name).scraped:
+        return "-"
     if not values:
         return "**not run**" if any(reason[0] == name for reason in results.reasons) else "-"
     middle = short(statistics.median(values))
