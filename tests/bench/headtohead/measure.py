@@ -14,6 +14,7 @@ from tests.bench.headtohead.load import Load, Paced, saturate
 from tests.bench.headtohead.plan import CONTROL, Cell, Plan
 from tests.bench.headtohead.programs import program
 from tests.bench.headtohead.system import System, cpu, memory
+from tests.bench.rest import resident
 from tests.services.waiting import wait_until
 
 Figures = Mapping[str, Sequence[float]]
@@ -131,7 +132,7 @@ def _sizes(system: System, cell: Cell) -> Figures:
     series = system.prometheus.call("/api/v1/status/tsdb")[1]["data"]["headStats"]["numSeries"]
     return {
         f"memory a worker, MiB: {cell}": [memory(pids["workers"]) / cell.workers],
-        f"memory of what runs beside, MiB: {cell}": [memory(pids["beside"])],
+        f"memory of what runs beside, MiB: {cell}": [sum(map(resident, pids["beside"]))],
         f"series in Prometheus: {cell}": [series],
     }
 
@@ -165,7 +166,7 @@ def recycles(name: str, plan: Plan) -> Iterator[Figures]:
 
 
 def _kept(system: System) -> dict[str, float]:
-    beside = memory(system.pids()["beside"])
+    beside = sum(map(resident, system.pids()["beside"]))
     return {"more on disk, MiB:": system.disk, "more memory of what runs beside, MiB:": beside}
 
 

@@ -218,7 +218,7 @@ def cpu(pids: Sequence[int]) -> float:
 
 
 def memory(pids: Sequence[int]) -> float:
-    """MiB, each shared page divided among those that share it."""
+    """MiB, each shared page divided among those that share it, as the workers do with their master."""
     total = 0
     for pid in pids:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
