@@ -1,10 +1,16 @@
 """The benches that are run by hand still run, with tiny numbers; what they print is not judged."""
 
+import dataclasses
 import re
+from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.bench import exposition, footprint, port, rest, scale, start, stop
+from tests.bench import exposition, footprint, port, rest, scale, start, stop, targets
+from tests.bench.headtohead import __main__ as contest
+from tests.bench.headtohead.plan import QUICK, Cell
+from tests.bench.headtohead.system import EAGER
 from tests.services.binaries import require
 
 
@@ -77,3 +83,33 @@ def test_port(capsys: pytest.CaptureFixture[str]) -> None:
         "loris",
         "scanner",
     ]
+
+
+def test_head_to_head(tmp_path: Path) -> None:
+    """The contest runs, says who was not there, and writes a table with a verdict a row and a chart with its bars."""
+    require("consul")
+    require("prometheus")
+    cell = Cell(1, 40, (1,))
+    plan = dataclasses.replace(QUICK, cells=(cell,), window=1, costs=1, recycles=0)
+    results = contest.run(["ours", "multiprocess"], plan)
+    results.add("pushgateway", "costs", {}, "not run: it is not here")
+    contest.write(results, tmp_path, head="today")
+    assert results.figures[f"counters in Prometheus, %: {cell}"] == {"ours": [100], "multiprocess": [100]}
+    assert results.reasons == [("pushgateway", "costs", "not run: it is not here")]
+    table, chart = ((tmp_path / f"headtohead.{kind}").read_text() for kind in ("md", "svg"))
+    figure = r"[0-9.,]+(?: <sub>[0-9., to]+</sub>)?"
+    assert re.search(rf"^\| one inc, µs \| {figure} \| {figure} \| [*a-z]+", table, re.MULTILINE)
+    assert re.search(rf"^\| CPU of everything.*{cell}.* \| {figure} \| {figure} \| [*a-z]+", table, re.MULTILINE)
+    assert "- Pushgateway, costs: not run: it is not here" in table
+    assert ET.fromstring(chart).tag.endswith("svg")  # noqa: S314  # just written
+    assert chart.count(">consul-prom<") >= 3
+
+
+def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of many targets prints a row for narrow pages and one for wide, and what rules save."""
+    require("consul")
+    require("prometheus")
+    targets.main(1, sizes=[2], flags=[EAGER])
+    printed = capsys.readouterr().out
+    assert re.findall(r"^ +2 +(\d+) .* \d+$", printed, re.MULTILINE) == ["10", "110"]
+    assert re.search(r"rules, 2 workers: the sum takes [0-9]+ ms a query", printed)
