@@ -122,7 +122,8 @@ def _option(row: Row) -> Callable[[Callable[..., T]], Callable[..., T]]:
 def list_(settings: Settings, *, saved: bool, as_json: bool) -> None:
     """List the workers that the agent knows, with their health and whether they live.
 
-    The lock of its slot or its process tells whether a worker lives; both can be seen on its own host only.
+    The lock of its slot or its process tells whether a worker lives; both can be seen on its own host only. Of a slot
+    that is adopted a sibling serves the last page.
 
     \b
     Example:
@@ -138,7 +139,7 @@ def list_(settings: Settings, *, saved: bool, as_json: bool) -> None:
     elif facts:
         columns = ("instance", "service", "pid", "address", "status", "worker", "proof")
         rows = [
-            [fact["instance"], fact["service"], fact["pid"], _at(fact), fact["status"], fact["state"], fact["proof"]]
+            [fact["instance"], fact["service"], fact["pid"], _at(fact), fact["status"], _living(fact), fact["proof"]]
             for fact in facts
         ]
         Screen().table(columns, rows, numbers=("pid",))
@@ -282,7 +283,7 @@ def _why(outcome: Outcome) -> str:
 @commands.command()
 @click.option("--prometheus", default="", metavar="URL", help="A Prometheus that shall scrape the workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@_reads("service", "consul_service", "host", "address", "bind", "port", "dir", "web_config")
+@_reads("service", "consul_service", "host", "address", "bind", "port", "dir", "ledger", "web_config")
 def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:
     """Look for what keeps the workers from being registered and scraped, and say what to do.
 
@@ -503,9 +504,15 @@ def _facts(entry: Entry, verdict: Verdict) -> dict[str, Any]:
         "pid": _number(meta.get("pid", "")),
         "address": entry.get("Address", ""),
         "port": entry.get("Port", 0),
+        "adopted": "adopted" in meta,
         "state": verdict.state,
         "proof": verdict.proof,
     }
+
+
+def _living(facts: Mapping[str, Any]) -> str:
+    """Who is behind an adopted slot is alive, and not its worker."""
+    return "adopted" if facts["adopted"] and facts["state"] == "alive" else str(facts["state"])
 
 
 def _at(facts: Mapping[str, Any]) -> str:

@@ -52,7 +52,7 @@ _FAILED: Final = _rate("http_requests_total", "route", ', status=~"5.."')
 
 ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
     "At a glance": (
-        Panel("Workers up", "", "none", ((f"count(up{{{_ALL}}} == 1)", ""),), 4, "stat"),
+        Panel("Workers up", "", "none", ((f"count(consul_prom_worker_info{{{_ALL}}})", ""),), 4, "stat"),
         Panel("Rate", "Requests a second.", "reqps", ((_rate("http_requests_total", "job"), ""),), 4, "stat"),
         Panel(
             "Errors",
@@ -119,7 +119,12 @@ ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
         ),
     ),
     "Life of the workers": (
-        Panel("Up", "", "none", ((f"up{{{_ALL}}}", "{{instance}}"),)),
+        Panel(
+            "Up",
+            "1 also where a sibling serves the last page of a worker that nobody replaces.",
+            "none",
+            ((f"up{{{_ALL}}}", "{{instance}}"),),
+        ),
         Panel("Age", "", "s", ((f"time() - process_start_time_seconds{{{_ALL}}}", "{{instance}}"),)),
         Panel(
             "Starts in the last hour",
@@ -159,7 +164,7 @@ ROWS: Final[Mapping[str, tuple[Panel, ...]]] = {
     "Registration and scrapes": (
         Panel(
             "Registrations by reason",
-            "Since the workers began. start: one began; lost, changed: somebody took or edited the entry.",
+            "Of all workers that a slot has had. start: one began; lost, changed: somebody took or edited the entry.",
             "none",
             ((f"sum by (reason) (consul_prom_registrations_total{{{_ALL}}})", "{{reason}}"),),
             6,

@@ -7,22 +7,26 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import socket
 import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlencode
 
 from consul_prom import caretaker, slots
 from consul_prom.address import is_local
 from consul_prom.caretaker import Entry
+from consul_prom.cells import check_library
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentDenied, AgentError, ConsulPromError
+from consul_prom.ledger import STEP, ledger_path
 from consul_prom.registrar import WATCHING_SLOTS
-from consul_prom.registration import origin, parse_entry_id
+from consul_prom.registration import is_of, is_worker, origin, parse_entry_id
 from consul_prom.settings import Settings, check_worker, parse_duration
 from consul_prom.snippets import write_rule
 from consul_prom.webconfig import WebConfig
@@ -66,8 +70,8 @@ class _Seen:
 
     @property
     def workers(self) -> list[Entry]:
-        """Those of `here` that are no page of Gunicorn's masters."""
-        return [entry for entry in self.here if entry["Meta"].get("slot") != slots.place(slots.MASTER)]
+        """Those of `here` that are neither an adopted slot nor the page of Gunicorn's masters."""
+        return [entry for entry in self.here if is_worker(entry["Meta"])]
 
 
 async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "") -> AsyncGenerator[Finding]:
@@ -84,7 +88,7 @@ async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "
             seen.everyone = await caretaker.entries(agent)
         except AgentError as error:
             yield Finding("entries", "wrong", f"The entries cannot be read: {error}.", f"Add {_rule(settings)}.")
-        for check in (_catalogue, _address, _ports, _directory, _workers, _claims, _limits):
+        for check in (_catalogue, _address, _ports, _directory, _ledgers, _workers, _claims, _limits):
             yield await check(seen)
     for finding in await _prometheus(seen, prometheus):
         yield finding
@@ -177,13 +181,21 @@ async def _ports(seen: _Seen) -> Finding:
     settings = seen.settings
     if not settings.port.first:
         return Finding("ports", "ok", "The system chooses free ports.")
-    ours = {entry["Port"] for entry in seen.here}
     address = settings.bind or settings.address or "0.0.0.0"  # noqa: S104  # only tried, and let go at once
-    wanted = settings.port.candidates(0) if settings.port.last else settings.port.candidates(len(seen.workers))
-    taken = [port for port in wanted if port not in ours and not _is_free(address, port)]
-    if wanted and len(taken) == len([port for port in wanted if port not in ours]):
-        which = f"Somebody else has {_list(map(str, taken))}" if taken else f"All of {settings.port} is used"
+    ours = {entry["Port"]: entry["Meta"] for entry in seen.here}
+    # An adopted slot's is given up to its next worker.
+    free = {port for port, meta in ours.items() if "adopted" in meta}
+    numbers = {entry["Meta"].get("slot") for entry in seen.workers}
+    wanted = settings.port.candidates(next(number for number in count() if str(number) not in numbers))
+    free |= {port for port in wanted if port not in ours and _is_free(address, port)}
+    if not free.intersection(wanted):
+        others = [str(port) for port in wanted if port not in ours]
+        which = f"Somebody else has {_list(others)}" if others else f"All of {settings.port} is used"
         return Finding("ports", "wrong", f"{which}: no worker more can start.", "Set CONSUL_PROM_PORT to others, or 0.")
+    (before, *_) = settings.port.candidates(slots.MASTER)
+    if not settings.port.last and before not in ours and not _is_free(address, before):
+        sentence = f"Somebody else has {before}, where the page of Gunicorn's master would be."
+        return Finding("ports", "unknown", sentence, "With our hooks: set CONSUL_PROM_PORT to another base.")
     return Finding("ports", "ok", f"CONSUL_PROM_PORT={settings.port} has a free port for the next worker.")
 
 
@@ -202,6 +214,34 @@ async def _directory(seen: _Seen) -> Finding:
     return Finding("directory", "ok", f"{directory} is ours alone.")
 
 
+async def _ledgers(seen: _Seen) -> Finding:
+    """Whether counters outlive their process. One of prometheus_async's own servers has none."""
+    directory = seen.settings.dir
+    if not seen.settings.ledger:
+        return Finding(
+            "ledger", "unknown", "CONSUL_PROM_LEDGER is off: counters end with their process.", "Set it to 1."
+        )
+    try:
+        check_library()
+        disk = next(folder for folder in (directory, *directory.parents) if folder.exists())
+        if shutil.disk_usage(disk).free < STEP:
+            sentence = f"No space is left at {disk}: new workers count in memory, and new series of the others."
+            return Finding("ledger", "wrong", sentence, "Make room, or set CONSUL_PROM_DIR.")
+        slot_of = {entry["ID"]: int(entry["Meta"]["slot"]) for entry in seen.workers if is_of(entry, directory)}
+        without = [
+            it for it, slot in slot_of.items() if not ledger_path(directory, seen.settings.service, slot).exists()
+        ]
+    except ConsulPromError as error:
+        sentence = f"Counters end with their process: {error}."
+        return Finding("ledger", "wrong", sentence, "Install a version of it that consul-prom knows.")
+    except OSError as error:
+        return Finding("ledger", "unknown", f"The ledgers cannot be looked at: {error}.")
+    if without:
+        cure = "Their log says why; a server of prometheus_async's has none."
+        return Finding("ledger", "unknown", f"Counters end with the process of {_list(without)}.", cure)
+    return Finding("ledger", "ok", "Counters outlive their process.")
+
+
 async def _workers(seen: _Seen) -> Finding:
     dead, unproven = [], []
     for entry in seen.here:
@@ -217,7 +257,10 @@ async def _workers(seen: _Seen) -> Finding:
     if not seen.workers:
         cure = "The workers' log says why they do not register; CONSUL_PROM_HOST must be theirs."
         return Finding("workers", "unknown", f"No worker of {seen.settings.host} is registered.", cure)
-    return Finding("workers", "ok", f"Alive and registered on this host: {_count(len(seen.workers), 'worker')}.")
+    sentence = f"Alive and registered on this host: {_count(len(seen.workers), 'worker')}"
+    if adopted := sum("adopted" in entry["Meta"] for entry in seen.here):
+        sentence += f"; adopted, without one: {_count(adopted, 'slot')}"
+    return Finding("workers", "ok", f"{sentence}.")
 
 
 async def _claims(seen: _Seen) -> Finding:
@@ -235,8 +278,8 @@ async def _claims(seen: _Seen) -> Finding:
 
 async def _limits(seen: _Seen) -> Finding:
     """Each worker of the first slots holds a connection; other users of the agent are not seen from here."""
-    watching = [entry for entry in seen.everyone if entry["Meta"].get("host") == seen.settings.host]
-    ids = [parse_entry_id(entry["ID"]) for entry in watching]
+    here = [entry for entry in seen.everyone if entry["Meta"].get("host") == seen.settings.host]
+    ids = [parse_entry_id(entry["ID"]) for entry in here if is_worker(entry["Meta"])]
     held = sum(1 for parts in ids if parts and parts.slot in range(WATCHING_SLOTS))
     limit = int((seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient") or 200)
     sentence = f"Connections that this host's workers hold: {held}; the agent allows {limit} an address."

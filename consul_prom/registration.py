@@ -182,6 +182,11 @@ def is_ours(entry: Mapping[str, Any]) -> bool:
     return all(meta.get(key) == value for key, value in MARKER.items())
 
 
+def is_worker(meta: Mapping[str, str]) -> bool:
+    """Whether a worker of its own is behind an entry: no adopted slot is, and no page of Gunicorn's masters."""
+    return "adopted" not in meta and meta.get("slot") != place(MASTER)
+
+
 def is_of(entry: Mapping[str, Any], directory: Path) -> bool:
     """Whether an entry of ours belongs to a slot of *directory*, whose lock then tells whether its worker lives."""
     return is_ours(entry) and entry["Meta"].get("dir") == f"{directory_id(directory)}:{directory}"

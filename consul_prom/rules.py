@@ -45,7 +45,8 @@ RECORDS: Final = (
     _Record(
         "job_method_route:http_requests_in_progress:sum", "sum without (instance) (http_requests_in_progress{JOB})"
     ),
-    _Record("job:up:count", "count without (instance) (up{WORKERS} == 1)"),
+    # Of those that live: the page of an adopted slot, and the master's, do not have it.
+    _Record("job:workers:count", "count by (job) (consul_prom_worker_info{JOB})"),
 )
 
 ALERTS: Final = (

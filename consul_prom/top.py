@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
-from consul_prom import caretaker, slots
+from consul_prom import caretaker
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentDenied
+from consul_prom.registration import is_worker
 from consul_prom.settings import Settings
 
 READERS: Final = 32
@@ -117,7 +118,10 @@ class Worker:
             return Reading(place.instance, page)
         before, values = self._before, page.values
         self._before = page
-        self._note_scrape(before, values)
+        if place.adopted:
+            self._scraped_at = None  # its page does not tell
+        else:
+            self._note_scrape(before, values)
         if before and values["process_start_time_seconds"] != before.values["process_start_time_seconds"]:
             before = None  # another process has the slot
         rates: dict[str, Any] = {}
@@ -125,11 +129,11 @@ class Worker:
             seconds = max(page.at - before.at, 0.001)
             rate = max(values["http_requests_total"] - before.values["http_requests_total"], 0) / seconds
             self._rates.append(rate)
-            cpu = values["process_cpu_seconds_total"] - before.values["process_cpu_seconds_total"]
+            cpu = values.get("process_cpu_seconds_total", math.nan) - before.values["process_cpu_seconds_total"]
             deltas = {bound: count - before.buckets.get(bound, 0) for bound, count in page.buckets.items()}
             rates = {
                 "requests": rate,
-                "cpu": cpu / seconds,
+                "cpu": None if math.isnan(cpu) else cpu / seconds,
                 "p50": quantile(0.5, deltas),
                 "p99": quantile(0.99, deltas),
             }
@@ -184,7 +188,7 @@ async def _places(settings: Settings, agent: AgentClient) -> list[Place]:
     return [
         Place(meta["instance"], meta.get("scheme", "http"), address, port, "adopted" in meta)
         for meta, address, port in pairs
-        if "instance" in meta and meta.get("slot") != slots.place(slots.MASTER)
+        if "instance" in meta and (is_worker(meta) or "adopted" in meta)
     ]
 
 
@@ -225,8 +229,12 @@ def _natural(instance: str) -> tuple[str, int]:
 
 
 def total(rows: Sequence[Reading]) -> Reading:
-    """The sum line; percentiles cannot be summed, and the largest is what matters of lag, age and scrape."""
-    up = sum(row.state in {"up", "adopted"} for row in rows)
+    """The sum line; percentiles cannot be summed, and the largest is what matters of lag, age and scrape.
+
+    An adopted slot has no worker.
+    """
+    workers = [row for row in rows if row.state != "adopted"]
+    up = sum(row.state == "up" for row in workers)
 
     def over(name: str, combine: Callable[[list[float]], float]) -> float | None:
         known = [getattr(row, name) for row in rows if getattr(row, name) is not None]
@@ -239,7 +247,7 @@ def total(rows: Sequence[Reading]) -> Reading:
         sum(row.history[index - lengths] for row in rows if len(row.history) >= lengths - index)
         for index in range(lengths)
     )
-    return Reading(f"{len(rows)} workers", f"{up} up", history=history, **sums, **worst)
+    return Reading(f"{len(workers)} workers", f"{up} up", history=history, **sums, **worst)
 
 
 HEAD: Final = (

@@ -320,6 +320,7 @@ def test_list_json(run: Run, agent: DevAgent) -> None:
         "pid": 1,
         "address": "127.0.0.1",
         "port": 1,
+        "adopted": False,
         "state": "unknown",
         "proof": shop["proof"],
         "status": "passing",

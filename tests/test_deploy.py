@@ -73,7 +73,11 @@ def test_shop_works() -> None:
         with Prometheus(config | {"rule_files": [str(DEPLOY / "prometheus" / "rules.yml")]}, flags=HASTY) as prometheus:
             for number in range(5):
                 assert shop.get(f"/products/{number}") == f"Product {number}.\n"
-            wait_until(lambda: prometheus.query_value("job:up:count") == 4, within=90, what="four workers, recorded")
+            wait_until(
+                lambda: prometheus.query_value("job:workers:count") == 4,
+                within=90,
+                what="four workers, recorded",
+            )
             routes = "sum by (route) (http_requests_total{route=~'/products/.*'})"
             (sample,) = wait_until(lambda: prometheus.query(routes), within=60, what="requests by route")
             assert sample["metric"] == {"route": "/products/{number}"}

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from consul_prom import cli, doctor, snippets
+from consul_prom import cli, doctor, rules, snippets
 from consul_prom.doctor import Finding
 from consul_prom.settings import load
 from consul_prom.snippets import write_rule
@@ -127,8 +128,8 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
         found = examine("--prometheus", prometheus.url)
         assert {finding.state for finding in found.values()} == {"ok"}
         assert list(found) == [
-            *("settings", "agent", "version", "token", "catalogue", "address", "ports", "directory", "workers"),
-            *("instances", "limits", "targets", "labels", "interval"),
+            *("settings", "agent", "version", "token", "catalogue", "address", "ports", "directory", "ledger"),
+            *("workers", "instances", "limits", "targets", "labels", "interval"),
         ]
         text = run("--prometheus", prometheus.url).stdout
     assert text.count("\u2713") == len(found)
@@ -137,19 +138,37 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
 
 
 def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path) -> None:
-    """The page of Gunicorn's master is a target, and no worker; when all are dead, it is named with them."""
+    """Neither the page of Gunicorn's master nor an adopted slot is a worker, and both are targets; nobody is alarmed.
+
+    When all are dead, they are named together.
+    """
     settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_HOST": "web-1"}
     settings |= {"CONSUL_PROM_DIR": str(slot_directory)}
     with (
         Gunicorn(workers=2, settings=settings, options=HOOKS) as shop,
         Prometheus(scrape(consul), flags=HASTY) as prometheus,
     ):
-        wait_until(lambda: prometheus.query_value("count(up == 1)") == 3, within=60, what="all scraped")
+        up, workers = "count(up == 1)", "count(consul_prom_worker_info)"
+        wait_until(lambda: prometheus.query_value(up) == 3, within=60, what="all scraped")
         result = run("--prometheus", prometheus.url)
         assert result.exit_code == 0, result.stdout
         assert "Alive and registered on this host: 2 workers." in result.stdout
         assert "The agent reaches 2 workers of this host." in result.stdout
-        assert "Connections that this host's workers hold: 2;" in result.stdout
+        os.kill(shop.pid, signal.SIGTTOU)
+        wait_until(lambda: prometheus.query_value(workers) == 1, within=60, what="one worker less")
+        wait_until(lambda: prometheus.query_value(up) == 3, within=60, what="its slot adopted, and scraped")
+        result = run("--prometheus", prometheus.url)
+        assert result.exit_code == 0, result.stdout
+        assert "on this host: 1 worker; adopted, without one: 1 slot." in result.stdout
+        listed = CliRunner().invoke(cli.commands, "list", env=settings).stdout
+        assert sorted(re.findall(" (adopted|alive) ", listed)) == ["adopted", "alive", "alive"]
+        found = json.loads(CliRunner().invoke(cli.commands, ("top", "--json"), env=settings).stdout)
+        assert sorted(row["state"] for row in found) == ["adopted", "up"]
+        for alert in rules.ALERTS:
+            assert prometheus.query(rules._filled(alert.expression, load({"service": "shop"}, environ={}))) == []
+        assert "Connections that this host's workers hold: 1;" in result.stdout, (
+            "a page that is served for another polls"
+        )
         assert "Prometheus scrapes 3 targets." in result.stdout
         for pid in (shop.pid, *shop.workers()):
             os.kill(pid, signal.SIGKILL)
@@ -297,6 +316,26 @@ class TestHost:
             assert str(port) in found["ports"].sentence
         assert wrong(examine(CONSUL_PROM_PORT=f"{port}-{port + 3}", CONSUL_PROM_ADDRESS="127.0.0.1")) == set()
 
+    def test_adopted_port(self, examine: Examine, consul: Consul) -> None:
+        """The port of an adopted slot is the next worker's; that of a live one is not, nor what somebody else has."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            setting = {"CONSUL_PROM_PORT": str(port), "CONSUL_PROM_ADDRESS": "127.0.0.1"}
+            put(consul, "shop.web-1.0", meta(adopted="1"), Port=port)
+            assert wrong(examine(**setting)) == set()
+            put(consul, "shop.web-1.0", meta(), Port=port)
+            with socket.create_server(("127.0.0.1", port + 1)):
+                assert f"Somebody else has {port + 1}" in examine(**setting)["ports"].sentence
+            assert wrong(examine(**setting)) == set()
+
+    def test_port_of_the_master(self, examine: Examine) -> None:
+        """The port before the base is named where somebody else has it; who has no master need not care."""
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            finding = examine(CONSUL_PROM_PORT=str(port + 1), CONSUL_PROM_ADDRESS="127.0.0.1")["ports"]
+        assert finding.state == "unknown"
+        assert f"Somebody else has {port}, where the page of Gunicorn's master" in finding.sentence
+
     def test_range_is_used_up(self, examine: Examine, start: Start) -> None:
         """A range whose ports are all our own workers' has none for the next."""
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -319,6 +358,25 @@ class TestHost:
         monkeypatch.setattr(os, "access", lambda _path, _mode: False)
         assert wrong(examine(CONSUL_PROM_DIR="/nowhere/slots")) == {"directory"}
 
+    def test_ledger(self, examine: Examine, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Counters that end with their process are named: as it was set, for want of space, or as a worker's own."""
+        assert examine()["ledger"].state == "ok"
+        finding = examine(CONSUL_PROM_LEDGER="0")["ledger"]
+        assert (finding.state, "CONSUL_PROM_LEDGER is off" in finding.sentence) == ("unknown", True)
+        start()
+        start(CONSUL_PROM_LEDGER="0")
+        finding = examine()["ledger"]
+        assert (finding.state, "the process of shop.web-1.1." in finding.sentence) == ("unknown", True)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 10, 0))
+        assert wrong(found := examine()) == {"ledger"}
+        assert "No space is left" in found["ledger"].sentence
+
+    def test_unknown_library(self, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+        """So is a prometheus_client that the ledger does not know."""
+        monkeypatch.setattr("consul_prom.cells.plain", lambda _child: [])
+        assert wrong(found := examine()) == {"ledger"}
+        assert "prometheus_client" in found["ledger"].sentence
+
     def test_crowd(self, examine: Examine, consul: Consul) -> None:
         """So many workers that the agent's connections come to an end are found, before they do."""
         for number in range(160):
@@ -330,7 +388,9 @@ class TestHost:
             )
         found = examine()
         assert wrong(found) == {"limits"}
-        assert "the agent allows 200" in found["limits"].sentence
+        assert "workers hold: 160; the agent allows 200" in found["limits"].sentence
+        put(consul, "shop0.web-1.7", meta(service="shop0", slot="7", adopted="1"))
+        assert "workers hold: 159;" in examine()["limits"].sentence, "a page that is served for another holds none"
 
 
 def test_claimed_twice(examine: Examine, consul: Consul) -> None:

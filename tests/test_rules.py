@@ -40,6 +40,15 @@ def worker(slot: int, **values: str) -> dict[str, str]:
     return {f"{name}{{{labels}}}": value for name, value in {**calm, **values}.items()}
 
 
+def adopted(up: str, requests: str, *, newborn: bool = False) -> dict[str, str]:
+    """A worker that ends after half of the time: for some scrapes a sibling serves what is no process' own."""
+    later = f"_x9 {{}}x{HALF}" if newborn else ""
+    gone = {"consul_prom_registered": 1, "consul_prom_event_loop_lag_seconds": 0.002}
+    lives = {name: f"{value}x{HALF} stale {later.format(value)}" for name, value in gone.items()}
+    start = f"1000x{HALF} stale {later.format(2000)}"
+    return {**lives, "up": up, "http_requests_total": requests, "process_start_time_seconds": start}
+
+
 def host(discovered: str, workers: str, wanted: str, *, up: str = f"1x{LONG}") -> dict[str, str]:
     """What Prometheus tells of itself, and Gunicorn's master, whose page is a target more."""
     target = 'job="shop", instance="web-1:master"'
@@ -113,7 +122,7 @@ def test_alerts_help(text: str) -> None:
 
 
 def test_records(text: str) -> None:
-    """What is recorded is the sum over the workers, not their master; a worker that began anew counts on."""
+    """What is recorded is the sum over the workers; one that began anew counts on."""
     requests = {
         f'http_requests_total{{job="shop", instance="web-1:{slot}", method="GET", route="/", status="200"}}': values
         for slot, values in ((0, "0+15x40"), (1, "0+15x20 15+15x20"))
@@ -123,15 +132,17 @@ def test_records(text: str) -> None:
     expected = {"labels": f'{name}{{job="shop", method="GET", route="/", status="200"}}', "value": 2}
     bucket_name = "job_method_route_le:http_request_duration_seconds_bucket:rate5m"
     in_bucket = {"labels": f'{bucket_name}{{job="shop", method="GET", route="/", le="0.1"}}', "value": 1}
-    ups = {f'up{{job="shop", instance="web-1:{slot}"}}': "1x40" for slot in (0, 1, "master")}
-    up = {"labels": 'job:up:count{job="shop"}', "value": 2}
+    infos = {
+        f'consul_prom_worker_info{{job="shop", instance="web-1:{slot}", slot="{slot}"}}': "1x40" for slot in (0, 1)
+    }
+    workers = {"labels": 'job:workers:count{job="shop"}', "value": 2}
     case = {
         "interval": "15s",
-        "input_series": series({**requests, bucket: "0+15x40", **ups}),
+        "input_series": series({**requests, bucket: "0+15x40", **infos}),
         "promql_expr_test": [
             {"expr": name, "eval_time": "8m", "exp_samples": [expected]},
             {"expr": bucket_name, "eval_time": "5m", "exp_samples": [in_bucket]},
-            {"expr": "job:up:count", "eval_time": "5m", "exp_samples": [up]},
+            {"expr": "job:workers:count", "eval_time": "5m", "exp_samples": [workers]},
         ],
     }
     promtool_test_rules(text, case)
@@ -176,9 +187,8 @@ class TestEverydayLife:
         assert_silent(text, {**worker(0, **goes), **worker(1, **comes), **master})
 
     def test_scale_down(self, text: str) -> None:
-        """A worker ends and is not replaced; its page is served on for a while, and then is not."""
-        goes = dict.fromkeys(("up", "consul_prom_registered"), f"1x{HALF + 8} 0 stale")
-        goes["process_start_time_seconds"] = f"1000x{HALF + 8} stale"
+        """A worker ends and is not replaced; its last page is served on for a while, and then is not."""
+        goes = adopted(f"1x{HALF} 0 1x8 0 stale", f"0+30x{HALF} _ {30 * HALF}x8 stale")
         wanted, alive = f"2x{HALF} 1x{HALF}", f"2x{HALF + 2} 1x{HALF}"
         assert_silent(text, {**worker(0), **worker(1, **goes), **host(f"3x{HALF + 9} 2x{HALF}", alive, wanted)})
 
@@ -190,10 +200,11 @@ class TestEverydayLife:
         assert_silent(text, {**worker(0), **worker(1, **comes), **host(f"2x{HALF + 4} 3x{HALF}", alive, wanted)})
 
     def test_adoption(self, text: str) -> None:
-        """The page of a slot without a worker is served on, and then a newborn has the slot."""
-        newborn = f"1000x{HALF} 2000x{HALF}"
-        adopted = {"process_start_time_seconds": newborn, "up": f"1x{HALF - 1} 0 1x{HALF}"}
-        assert_silent(text, {**worker(0), **worker(1, **adopted), **host(f"3x{LONG}", f"2x{LONG}", f"2x{LONG}")})
+        """The page of a slot without a worker is served on, and then a newborn has the slot and counts on."""
+        up, requests = f"1x{HALF} 0 1x8 0 1x{HALF}", f"0+30x{HALF} _ {30 * HALF}x8 _ {30 * HALF}+30x{HALF}"
+        lives = adopted(up, requests, newborn=True)
+        alive = f"2x{HALF} 1x10 2x{HALF}"
+        assert_silent(text, {**worker(0), **worker(1, **lives), **host(f"3x{LONG}", alive, alive)})
 
     def test_one_slow_callback(self, text: str) -> None:
         """A hiccup of a minute is none."""

@@ -103,8 +103,15 @@ class TestWorker:
         assert row.scraped is None
 
     def test_adopted(self) -> None:
-        """The page of a slot without a worker is told apart."""
-        assert Worker().row(PLACE._replace(adopted=True), page(100)).state == "adopted"
+        """The page of a slot without a worker is told apart, and shows nothing of a process."""
+        worker = Worker()
+        worker.row(PLACE, page(99, process_cpu_seconds_total=7, consul_prom_last_scrape_timestamp_seconds=98.0))
+        for at in (100, 102):
+            last = parse("http_requests_total 10\nconsul_prom_scrapes_total 99\n", at=at)
+            row = worker.row(PLACE._replace(adopted=True), last)
+            assert row.state == "adopted"
+            assert {row.cpu, row.memory, row.age, row.lag, row.scraped} == {None}
+        assert row.requests == 0
 
 
 ROWS = [
@@ -129,6 +136,11 @@ class TestTable:
         assert (row.instance, row.state, row.requests) == ("3 workers", "2 up", 55)
         assert (row.memory, row.lag, row.p99, row.history) == (4 * 2.0**20, 0.5, 0.1, (1, 55))
         assert total([]).requests is None
+
+    def test_adopted_total(self) -> None:
+        """A page that is served for another is no worker, and what it counts is counted."""
+        row = total([*ROWS, Reading("web-1:3", "adopted", requests=0.0)])
+        assert (row.instance, row.state, row.requests) == ("3 workers", "2 up", 55)
 
     @pytest.mark.parametrize(
         "row",
