@@ -127,14 +127,20 @@ class Life:
     def linger(self, seconds: float | None) -> None:
         """Stay as we are until a scrape has begun, for *seconds* or as `lingers` tells; nobody finds the unregistered.
 
-        Says what nobody has scraped.
+        Who has only just begun may still register, within STOP_TIMEOUT. Says what nobody has scraped.
         """
         seconds = (self.settings.linger if self.lingers else 0) if seconds is None else seconds
+        patience_ends_at = time.monotonic() + self.settings.stop_timeout
+
+        def may_be_found() -> bool:
+            beginning = self.tenancy.unasked and not self.failure and time.monotonic() < patience_ends_at
+            return self.tenancy.registered or beginning
+
         if seconds:
             log.info("%s waits for a scrape, for %.0f s at most (CONSUL_PROM_LINGER)", self.tenancy.instance, seconds)
             await_scrape(
                 self._scraped_since,
-                goes_on=lambda: self.tenancy.registered,
+                goes_on=may_be_found,
                 timeout=seconds,
                 told=self._signals.came,
             )

@@ -41,6 +41,7 @@ LOOK: Final = 0.5
 RETRY: Final = 0.1
 UNWATCHED: Final = 3600.0
 REPEAT_LOG: Final = 600.0
+UNASKED: Final = "has not asked the agent yet"
 MOST_LINES: Final = 10
 MOST_FAILURES: Final = 8
 MOST_REPAIRS: Final = 5
@@ -109,7 +110,7 @@ class Registrar:
         self._checks_at = -math.inf
         self._credentials: set[int] = set()  # the agent may hold the entry with any of these
         self.registered = False
-        self.trouble = "has not asked the agent yet"
+        self.trouble = UNASKED
 
     async def run(self) -> None:
         """Turns, for ever.
@@ -344,6 +345,11 @@ class Tenancy:
     @property
     def registered(self) -> bool:
         return bool(self._registrar and self._registrar.registered)
+
+    @property
+    def unasked(self) -> bool:
+        """Whether the agent has not said yet if we may be registered."""
+        return not self.left and (self._registrar is None or self._registrar.trouble == UNASKED)
 
     @property
     def trouble(self) -> str:

@@ -110,7 +110,7 @@ async def test_guarded(agent: DevAgent, slot_directory: Path, monkeypatch: pytes
     slots.prepare(slot_directory)
     tally = Tally(slot_directory, "shop")
     common = {"consul_http_addr": agent.url, "dir": str(slot_directory), "host": "web-1", "address": "127.0.0.1"}
-    with running(service="shop", allow="127.0.0.3/32", registry=CollectorRegistry(), **common):
+    with running(service="shop", linger=0, allow="127.0.0.3/32", registry=CollectorRegistry(), **common):
         await eventually(lambda: len(agent.state.services) == 2, within=10, what="the worker's and the guest's entry")
         monkeypatch.setattr("ipaddress.IPv4Address.is_loopback", property(lambda _self: False))
         for entry in list(agent.state.services.values()):

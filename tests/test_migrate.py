@@ -19,6 +19,7 @@ from consul_prom import snippets
 from consul_prom.devagent import DevAgent
 from consul_prom.settings import load
 from consul_prom.tally import Masters
+from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
@@ -34,7 +35,7 @@ def pair(title: str) -> tuple[str, str]:
     return before, after
 
 
-def python(code: str, agent: DevAgent, tmp_path: Path, **environ: str) -> str:
+def python(code: str, agent: DevAgent | Consul, tmp_path: Path, **environ: str) -> str:
     """What a program prints."""
     ours = {"PYTHONPATH": str(ROOT), "CONSUL_HTTP_ADDR": agent.url, "CONSUL_PROM_DIR": str(tmp_path / "slots")}
     done = subprocess.run(
@@ -130,17 +131,8 @@ class Gateway(http.server.BaseHTTPRequestHandler):
         pass
 
 
-AWAIT = """
-import os, pathlib, time
-scraped = pathlib.Path(os.environ["CONSUL_PROM_DIR"]).with_name("scraped")
-def work():
-    while not scraped.exists():
-        time.sleep(0.02)
-"""
-
-
 def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
-    """Before, the last value was pushed; now Prometheus scrapes the job while it runs, and no entry is left."""
+    """Before, the last value was pushed; now a real Prometheus has it when the job is over, and no entry is left."""
     before, after = pair("From the Pushgateway, for a job")
     Gateway.pushed = []
     with http.server.HTTPServer(("127.0.0.1", 0), Gateway) as gateway:
@@ -150,16 +142,12 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
         gateway.shutdown()
         thread.join()
     assert b"rows_total 1000.0" in Gateway.pushed[0]
-    text = snippets.prometheus(load({"service": "nightly", "consul_http_addr": agent.url}, environ={}))
-    with Prometheus(text.replace("refresh_interval: 5s", "refresh_interval: 1s"), flags=HASTY) as prometheus:
-        call = f"{after}{AWAIT}\njob(work)"
-        running_job = threading.Thread(target=python, args=(call, agent, tmp_path))
-        running_job.start()
-        query = 'rows_total{job="nightly"}'
-        wait_until(lambda: prometheus.query_value(query) == 1, within=60, what="a scrape of the job")
-        (tmp_path / "scraped").touch()
-        running_job.join()
-    assert not agent.state.services
+    with Consul() as consul:
+        text = snippets.prometheus(load({"service": "nightly", "consul_http_addr": consul.url}, environ={}))
+        with Prometheus(text.replace("refresh_interval: 5s", "refresh_interval: 1s"), flags=HASTY) as prometheus:
+            python(f"{after}\njob()", consul, tmp_path)
+            assert prometheus.query_value('max_over_time(rows_total{job="nightly"}[1m])') == 1000
+        assert not consul.call("/v1/agent/services")[1]
 
 
 def test_statsd_client(agent: DevAgent, tmp_path: Path) -> None:
@@ -212,7 +200,7 @@ def test_names_are_ours(tmp_path: Path) -> None:
     ours = set(re.findall(r"\b((?:http|process|consul_prom|gunicorn)_\w+)", cells))
     assert len(ours) >= 5
     known = {name for collector in REGISTRY._collector_to_names.values() for name in collector}
-    requests = {"http_requests_total", "http_request_duration_seconds"}
+    requests = {"http_requests_total", "http_request_duration_seconds", "consul_prom_worker_info"}
     masters = {name for it in Masters(tmp_path, "shop").collect() for name in (it.name, f"{it.name}_total")}
     assert ours <= known | requests | masters
     assert load({"port": "8001-8049"}, environ={}).port.last == 8049

@@ -255,6 +255,31 @@ class TestLinger:
             worker.stop(linger=600)
         assert not agent.state.services
 
+    def test_brief(self, agent: DevAgent, make: Make, hits: Counter) -> None:
+        """A job that is over before it is registered waits for both."""
+        agent.fault = Fault(path="/v1/agent/service", delay=0.3)
+        worker = make(address="127.0.0.1", stop_timeout=10)
+        worker.start()
+        hits.inc()
+        seen: list[str] = []
+
+        def scrape() -> None:
+            registered(worker)
+            seen.append(page(worker))
+
+        with ThreadPoolExecutor() as pool:
+            scraping = pool.submit(scrape)
+            worker.stop(linger=600)
+            scraping.result(20)
+        assert "hits_total 1.0" in seen[0]
+
+    def test_silent_agent(self, agent: DevAgent, make: Make) -> None:
+        """Of an agent that does not answer it waits for STOP_TIMEOUT."""
+        agent.fault = Fault(delay=600)
+        worker = make(address="127.0.0.1", stop_timeout=0.2)
+        worker.start()
+        worker.stop(linger=600)
+
     def test_unregistered(self, agent: DevAgent, make: Make) -> None:
         """Nobody comes to what is not registered, and so it waits for nobody."""
         agent.fault = Fault(status=500)
