@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.bench import footprint, rest, scale, start
+from tests.bench import footprint, growth, hotpath, rest, scale, start
 from tests.services.binaries import require
 
 
@@ -42,3 +42,21 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
     scale.main(0.3, sizes=[2, 5], intervals=[1], settle=0.2)
     rows = re.findall(r"^ +([25]) +1 s +[0-9.]+ s +0, 0 .* (\d+) +\d+$", capsys.readouterr().out, re.MULTILINE)
     assert rows == [("2", "0"), ("5", "0")] * 2
+
+
+def test_hotpath(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of counting prints a row an act, with both ratios."""
+    hotpath.main(1, incs=500, births=40)
+    rows = re.findall(
+        r"^(inc|observe|birth of a \w+) +(?:[0-9.]+ \([^)]+\) *){5}$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert rows == ["inc", "observe", "birth of a counter", "birth of a histogram"]
+
+
+def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of growth prints what is on the disk."""
+    growth.main(lives=10, sets=2)
+    assert re.findall(r"^ +(1|10) +(\d+) +\d+ +[0-9.]+$", capsys.readouterr().out, re.MULTILINE) == [
+        ("1", "3"),
+        ("10", "30"),
+    ]
