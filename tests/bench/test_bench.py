@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.bench import exposition, footprint, port, rest, scale, start, stop, targets
+from tests.bench import exposition, footprint, growth, hotpath, port, rest, scale, start, stop, targets
 from tests.bench.headtohead import __main__ as contest
 from tests.bench.headtohead.plan import QUICK, Cell
 from tests.bench.headtohead.system import EAGER
@@ -113,3 +113,21 @@ def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert re.findall(r"^ +2 +(\d+) .* \d+$", printed, re.MULTILINE) == ["10", "110"]
     assert re.search(r"rules, 2 workers: the sum takes [0-9]+ ms a query", printed)
+
+
+def test_hotpath(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of counting prints a row an act, with both ratios."""
+    hotpath.main(1, incs=500, births=40)
+    rows = re.findall(
+        r"^(inc|observe|birth of a \w+) +(?:[0-9.]+ \([^)]+\) *){5}$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert rows == ["inc", "observe", "birth of a counter", "birth of a histogram"]
+
+
+def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of growth prints what is on the disk."""
+    growth.main(lives=10, sets=2)
+    assert re.findall(r"^ +(1|10) +(\d+) +\d+ +[0-9.]+$", capsys.readouterr().out, re.MULTILINE) == [
+        ("1", "3"),
+        ("10", "30"),
+    ]
