@@ -57,7 +57,12 @@ def _ledgers_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         made.add(ledger)
         next(count)
 
+    def end(ledger: Ledger) -> None:
+        if vars(ledger):  # its file was opened
+            ledger.close()
+
     monkeypatch.setattr(Ledger, "__init__", noted)
+    monkeypatch.setattr(Ledger, "__del__", end, raising=False)
     yield
     for ledger in list(made):
         ledger.close()
