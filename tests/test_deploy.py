@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import yaml
 from click.testing import CliRunner
 
 from consul_prom import cli
+from consul_prom.settings import parse_duration
 from tests.services.binaries import require
 from tests.services.building import CONSUL, PROMETHEUS
 from tests.services.consul import Consul
@@ -167,7 +169,7 @@ def test_systemd(tmp_path: Path) -> None:
 
 
 def test_kubernetes() -> None:
-    """The pod's address and name come by the downward API, the node's agent is asked, and the slots are the user's."""
+    """Address and name come by the downward API, the node's agent is asked, the slots are ours, and an end waits."""
     pod = parsed("kubernetes/shop.yml")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     environ = {item["name"]: item for item in container["env"]}
@@ -176,6 +178,10 @@ def test_kubernetes() -> None:
     assert fields["CONSUL_PROM_HOST"] == "metadata.name"
     assert environ["CONSUL_HTTP_ADDR"]["value"] == "http://$(NODE_ADDRESS):8500"
     assert fields["NODE_ADDRESS"] == "status.hostIP"
+    configuration = runpy.run_path(str(DEPLOY / "gunicorn.conf.py"))
+    linger = parse_duration(environ["CONSUL_PROM_LINGER"]["value"])
+    interval = parse_duration(parsed("prometheus/prometheus.yml")["global"]["scrape_interval"])
+    assert interval < linger < configuration["graceful_timeout"] < pod["terminationGracePeriodSeconds"]
     (mount,) = container["volumeMounts"]
     assert Path(environ["CONSUL_PROM_DIR"]["value"]).parent == Path(mount["mountPath"])
     assert mount["name"] in {volume["name"] for volume in pod["volumes"]}
