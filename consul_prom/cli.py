@@ -293,7 +293,8 @@ def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:
     Example:
       consul-prom doctor --service shop --prometheus http://prometheus:9090
     """
-    from consul_prom.doctor import Finding, examine
+    from consul_prom.doctor import examine
+    from consul_prom.finding import Finding
 
     findings: list[Finding] = []
     screen = Screen()

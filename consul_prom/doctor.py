@@ -3,50 +3,33 @@
 It only looks: nothing is registered, removed or locked for longer than the look takes.
 """
 
-import asyncio
-import json
 import os
 import re
 import shutil
 import socket
-import urllib.error
-import urllib.request
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Final, Literal, NamedTuple
-from urllib.parse import urlencode
+from typing import Any, Final
 
-from consul_prom import caretaker, slots
+from consul_prom import caretaker, slots, targets
 from consul_prom.address import is_local
 from consul_prom.caretaker import Entry
 from consul_prom.cells import check_library
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentDenied, AgentError, ConsulPromError
+from consul_prom.finding import Finding, listed, number_of
 from consul_prom.ledger import STEP, ledger_path
 from consul_prom.registrar import WATCHING_SLOTS
 from consul_prom.registration import is_of, is_worker, origin, parse_entry_id
-from consul_prom.settings import Settings, check_worker, parse_duration
+from consul_prom.settings import Settings, check_worker
 from consul_prom.snippets import write_rule
 from consul_prom.webconfig import WebConfig
-
-State = Literal["ok", "wrong", "unknown"]
 
 OLDEST: Final = (1, 7)
 """Of Consul: what selects entries by an expression came with 1.5, and the question for rights with 1.7."""
 CROWDED: Final = 0.8
-FEW_SCRAPES: Final = 4
-PATIENCE: Final = 10.0
-
-
-class Finding(NamedTuple):
-    """What a check found; *cure* says what to do where it is wrong, or how to find out."""
-
-    check: str
-    state: State
-    sentence: str
-    cure: str = ""
 
 
 @dataclass
@@ -57,12 +40,20 @@ class _Seen:
     agent: AgentClient
     about_agent: Mapping[str, Any] | None = None
     everyone: list[Entry] = field(default_factory=list)
+    dead: list[str] = field(default_factory=list)
+    usable: bool = True
+    """The directory."""
     catalogue: list[dict[str, Any]] | None = None
-    targets: list[dict[str, Any]] | None = None
 
     @property
     def entries(self) -> list[Entry]:
         return [entry for entry in self.everyone if entry["Meta"].get("service") == self.settings.service]
+
+    @property
+    def places(self) -> dict[str, tuple[str, int]]:
+        """Of the catalogue's entries and the agent's, by their IDs."""
+        others = {it["ServiceID"]: (it["ServiceAddress"], it["ServicePort"]) for it in self.catalogue or []}
+        return others | {it["ID"]: (it["Address"], it["Port"]) for it in self.entries}
 
     @property
     def here(self) -> list[Entry]:
@@ -88,9 +79,9 @@ async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "
             seen.everyone = await caretaker.entries(agent)
         except AgentError as error:
             yield Finding("entries", "wrong", f"The entries cannot be read: {error}.", f"Add {_rule(settings)}.")
-        for check in (_catalogue, _address, _ports, _directory, _ledgers, _workers, _claims, _limits):
+        for check in (_catalogue, _workers, _address, _ports, _directory, _ledgers, _claims, _limits):
             yield await check(seen)
-    for finding in await _prometheus(seen, prometheus):
+    for finding in await targets.examine(settings, seen.places, url=prometheus):
         yield finding
 
 
@@ -100,7 +91,7 @@ def _settings(settings: Settings) -> Finding:
         if settings.web_config:
             WebConfig(settings.web_config)
     except ConsulPromError as error:
-        return Finding("settings", "wrong", _sentence(error), "Set it as for the workers.")
+        return Finding("settings", "wrong", _sentence(error), "Set it as for the workers, by an option or a variable.")
     return Finding("settings", "ok", f"The service {settings.service} is registered as {settings.consul_service}.")
 
 
@@ -141,9 +132,12 @@ async def _catalogue(seen: _Seen) -> Finding:
     """An agent without a token of its own leaves in the catalogue, which is what Prometheus reads, what it drops."""
     try:
         seen.catalogue = await seen.agent.catalogue(seen.settings.consul_service)
-    except AgentError as error:
+    except AgentDenied as error:
         cure = 'Add node_prefix "" { policy = "read" } for this look.'
         return Finding("catalogue", "unknown", f"The catalogue cannot be read: {error}.", cure)
+    except AgentError as error:
+        cure = "Its servers have to tell it: consul operator raft list-peers shows whether one leads."
+        return Finding("catalogue", "wrong", f"The catalogue cannot be read, by Prometheus neither: {error}.", cure)
     node = str((seen.about_agent or {}).get("Config", {}).get("NodeName", ""))
     if not node:
         return Finding("catalogue", "unknown", "The agent does not tell its node's name.", "It needs agent:read.")
@@ -154,7 +148,7 @@ async def _catalogue(seen: _Seen) -> Finding:
         return Finding(
             "catalogue",
             "wrong",
-            f"The catalogue has {_list(ghosts)}, which the agent has dropped: Prometheus scrapes it still.",
+            f"The catalogue has {listed(ghosts)}, which the agent has dropped: Prometheus scrapes it still.",
             f'Give the agent of {node} a token of its own, acl.tokens.agent: node_prefix "" {{ policy = "write" }}.',
         )
     return Finding("catalogue", "ok", "The catalogue has what the agent has.")
@@ -162,7 +156,7 @@ async def _catalogue(seen: _Seen) -> Finding:
 
 async def _address(seen: _Seen) -> Finding:
     settings = seen.settings
-    for entry in seen.here:
+    for entry in (it for it in seen.here if it["ID"] not in seen.dead):
         for check in await seen.agent.checks(entry["ID"]):
             if check.get("Status") == "critical" and check.get("Output"):
                 place = origin(entry["Address"], entry["Port"]).removeprefix("http://")
@@ -172,9 +166,10 @@ async def _address(seen: _Seen) -> Finding:
     if settings.address and not settings.bind and not is_local(settings.address):
         cure = "Set another, or CONSUL_PROM_BIND where it is translated to one of ours."
         return Finding("address", "wrong", f"CONSUL_PROM_ADDRESS={settings.address} is none of this host's.", cure)
-    if not seen.workers:
-        return Finding("address", "unknown", "No worker of this host is registered: nobody was checked.")
-    return Finding("address", "ok", f"The agent reaches {_count(len(seen.workers), 'worker')} of this host.")
+    reached = [entry for entry in seen.workers if entry["ID"] not in seen.dead]
+    if not reached:
+        return Finding("address", "unknown", "No live worker of this host is registered: nobody was checked.")
+    return Finding("address", "ok", f"The agent reaches {number_of(len(reached), 'worker')} of this host.")
 
 
 async def _ports(seen: _Seen) -> Finding:
@@ -190,7 +185,7 @@ async def _ports(seen: _Seen) -> Finding:
     free |= {port for port in wanted if port not in ours and _is_free(address, port)}
     if not free.intersection(wanted):
         others = [str(port) for port in wanted if port not in ours]
-        which = f"Somebody else has {_list(others)}" if others else f"All of {settings.port} is used"
+        which = f"Somebody else has {listed(others)}" if others else f"All of {settings.port} is used"
         return Finding("ports", "wrong", f"{which}: no worker more can start.", "Set CONSUL_PROM_PORT to others, or 0.")
     (before, *_) = settings.port.candidates(slots.MASTER)
     if not settings.port.last and before not in ours and not _is_free(address, before):
@@ -205,11 +200,13 @@ async def _directory(seen: _Seen) -> Finding:
         parent = next(folder for folder in directory.parents if folder.exists())
         if os.access(parent, os.W_OK):
             return Finding("directory", "ok", f"{directory} is made by the first worker.")
+        seen.usable = False
         cure = "Make it, with mode 0700, for the workers' user, or set CONSUL_PROM_DIR."
         return Finding("directory", "wrong", f"{directory} is not there, and cannot be made in {parent}.", cure)
     try:
         slots.prepare(directory)
     except (ConsulPromError, OSError) as error:
+        seen.usable = False
         return Finding("directory", "wrong", _sentence(error), "Run this as the workers' user, or set another.")
     return Finding("directory", "ok", f"{directory} is ours alone.")
 
@@ -217,10 +214,9 @@ async def _directory(seen: _Seen) -> Finding:
 async def _ledgers(seen: _Seen) -> Finding:
     """Whether counters outlive their process. One of prometheus_async's own servers has none."""
     directory = seen.settings.dir
-    if not seen.settings.ledger:
-        return Finding(
-            "ledger", "unknown", "CONSUL_PROM_LEDGER is off: counters end with their process.", "Set it to 1."
-        )
+    off = "" if seen.settings.ledger else "CONSUL_PROM_LEDGER is off"
+    if off := off or ("" if seen.usable else "Its directory cannot be used"):
+        return Finding("ledger", "unknown", f"{off}: counters end with their process.")
     try:
         check_library()
         disk = next(folder for folder in (directory, *directory.parents) if folder.exists())
@@ -238,41 +234,42 @@ async def _ledgers(seen: _Seen) -> Finding:
         return Finding("ledger", "unknown", f"The ledgers cannot be looked at: {error}.")
     if without:
         cure = "Their log says why; a server of prometheus_async's has none."
-        return Finding("ledger", "unknown", f"Counters end with the process of {_list(without)}.", cure)
+        return Finding("ledger", "unknown", f"Counters end with the process of {listed(without)}.", cure)
     return Finding("ledger", "ok", "Counters outlive their process.")
 
 
 async def _workers(seen: _Seen) -> Finding:
-    dead, unproven = [], []
+    unproven = []
     for entry in seen.here:
         with caretaker.judged(entry, host=seen.settings.host) as verdict:
             if verdict.state == "dead":
-                dead.append(entry["ID"])
+                seen.dead.append(entry["ID"])
             if verdict.state == "unknown":
                 unproven.append(f"{entry['ID']} ({verdict.proof})")
-    if dead:
-        return Finding("workers", "wrong", f"Nobody is behind {_list(dead)}.", "consul-prom deregister removes it.")
+    if seen.dead:
+        left = f"Nobody is behind {listed(seen.dead)}."
+        return Finding("workers", "wrong", left, "consul-prom deregister removes what dead workers left.")
     if unproven:
-        return Finding("workers", "unknown", f"It cannot be told whether {_list(unproven)} lives.")
+        return Finding("workers", "unknown", f"It cannot be told whether {listed(unproven)} lives.")
     if not seen.workers:
         cure = "The workers' log says why they do not register; CONSUL_PROM_HOST must be theirs."
         return Finding("workers", "unknown", f"No worker of {seen.settings.host} is registered.", cure)
-    sentence = f"Alive and registered on this host: {_count(len(seen.workers), 'worker')}"
+    sentence = f"Alive and registered on this host: {number_of(len(seen.workers), 'worker')}"
     if adopted := sum("adopted" in entry["Meta"] for entry in seen.here):
-        sentence += f"; adopted, without one: {_count(adopted, 'slot')}"
+        sentence += f"; adopted, without one: {number_of(adopted, 'slot')}"
     return Finding("workers", "ok", f"{sentence}.")
 
 
 async def _claims(seen: _Seen) -> Finding:
     """Prometheus mixes the counters of two targets of one instance without a word."""
     if seen.catalogue is None:
-        return Finding("instances", "unknown", "Other agents' entries are not seen.", "It needs node:read.")
+        return Finding("instances", "unknown", "Other agents' entries are in the catalogue, which cannot be read.")
     nodes = defaultdict(set)
     for entry in seen.catalogue:
         nodes[str((entry.get("ServiceMeta") or {}).get("instance"))].add(f"{entry['Node']}/{entry['ServiceID']}")
-    twice = [f"{instance} by {_list(sorted(claims))}" for instance, claims in nodes.items() if len(claims) > 1]
+    twice = [f"{instance} by {listed(sorted(claims))}" for instance, claims in nodes.items() if len(claims) > 1]
     if twice:
-        return Finding("instances", "wrong", f"Claimed twice: {_list(twice)}.", "Set CONSUL_PROM_HOST on one of them.")
+        return Finding("instances", "wrong", f"Claimed twice: {listed(twice)}.", "Set CONSUL_PROM_HOST on one of them.")
     return Finding("instances", "ok", "No instance is claimed twice.")
 
 
@@ -288,65 +285,6 @@ async def _limits(seen: _Seen) -> Finding:
             "limits", "wrong", sentence, "Raise limits.http_max_conns_per_client in the agent's configuration."
         )
     return Finding("limits", "ok", sentence)
-
-
-async def _prometheus(seen: _Seen, url: str) -> list[Finding]:
-    if not url:
-        return [Finding("targets", "unknown", "Prometheus was not asked.", "--prometheus URL")]
-    try:
-        active = (await asyncio.to_thread(_ask, url, "targets", state="active"))["activeTargets"]
-        changes = f'max(changes(process_start_time_seconds{{job="{seen.settings.service}"}}[1h]))'
-        starts = (await asyncio.to_thread(_ask, url, "query", query=changes))["result"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [Finding("targets", "wrong", f"Prometheus at {url} cannot be asked: {error}.", "--prometheus URL")]
-    name = seen.settings.consul_service
-    seen.targets = [target for target in active if target["discoveredLabels"].get("__meta_consul_service") == name]
-    return [_targets(seen), _labels(seen.targets), _lifetime(seen.targets, starts)]
-
-
-def _targets(seen: _Seen) -> Finding:
-    targets = seen.targets or []
-    found = {target["discoveredLabels"].get("__meta_consul_service_id") for target in targets}
-    registered = {entry["ServiceID"] for entry in seen.catalogue or []} | {entry["ID"] for entry in seen.entries}
-    down = [f"{target['labels'].get('instance')} ({target['lastError']})" for target in targets if target["lastError"]]
-    if missing := sorted(registered - found):
-        cure = "consul-prom config prometheus prints what finds them; a new target takes some seconds."
-        return Finding("targets", "wrong", f"Prometheus does not scrape {_list(missing)}.", cure)
-    if down:
-        return Finding("targets", "wrong", f"Prometheus cannot scrape {_list(down)}.", "It has to reach the address.")
-    if not targets:
-        return Finding("targets", "unknown", "Prometheus has no target, and nobody is registered.")
-    return Finding("targets", "ok", f"Prometheus scrapes {_count(len(targets), 'target')}.")
-
-
-def _labels(targets: Sequence[Mapping[str, Any]]) -> Finding:
-    having = defaultdict(list)
-    for target in targets:
-        having[json.dumps(target["labels"], sort_keys=True)].append(target["scrapeUrl"])
-    if mixed := [urls for urls in having.values() if len(urls) > 1]:
-        cure = "Take instance from __meta_consul_service_metadata_instance, as consul-prom config prometheus does."
-        return Finding("labels", "wrong", f"{_list(mixed[0])} have the same labels: their series are mixed.", cure)
-    return Finding("labels", "ok" if targets else "unknown", "No two targets have the same labels.")
-
-
-def _lifetime(targets: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> Finding:
-    interval = max((parse_duration(target["scrapeInterval"]) for target in targets), default=0.0)
-    changes = float(starts[0]["value"][1]) if starts else 0.0
-    if not interval or not changes:
-        return Finding("interval", "ok" if interval else "unknown", "No worker was replaced within the last hour.")
-    sentence = f"Workers live for {3600 / changes:.0f} s, and are scraped each {interval:g} s."
-    if 3600 / changes < FEW_SCRAPES * interval:
-        return Finding("interval", "wrong", sentence, "Scrape more often, or recycle them less (max_requests).")
-    return Finding("interval", "ok", sentence)
-
-
-def _ask(url: str, what: str, **parameters: str) -> Mapping[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("it is no http:// or https:// address")
-    address = f"{url.rstrip('/')}/api/v1/{what}?{urlencode(parameters)}"
-    with urllib.request.urlopen(address, timeout=PATIENCE) as answer:  # noqa: S310  # the scheme is looked at above
-        data: Mapping[str, Any] = json.load(answer)["data"]
-    return data
 
 
 def _is_free(address: str, port: int) -> bool:
@@ -366,12 +304,3 @@ def _sentence(error: Exception) -> str:
 
 def _rule(settings: Settings) -> str:
     return write_rule(settings.consul_service)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' if number != 1 else ''}"
-
-
-def _list(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:5]) + (f" and {len(shown) - 5} more" if len(shown) > 5 else "")

@@ -32,6 +32,7 @@ ROWS = {
         "door",
         "webconfig",
         "devagent",
+        "finding",
     ],
     2: [
         "wire",
@@ -47,7 +48,7 @@ ROWS = {
         "rules",
         "dashboard",
     ],
-    3: ["client", "kinds", "endpoint", "registrar", "caretaker", "undertaker", "vigil"],
+    3: ["client", "kinds", "endpoint", "registrar", "caretaker", "undertaker", "vigil", "targets"],
     4: ["exposition", "guest"],
     5: ["adoption", "site"],
     6: ["life"],

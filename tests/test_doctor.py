@@ -16,8 +16,9 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from consul_prom import cli, doctor, rules, snippets
-from consul_prom.doctor import Finding
+from consul_prom import cli, doctor, rules, snippets, targets
+from consul_prom.devagent import DevAgent, Fault
+from consul_prom.finding import Finding
 from consul_prom.settings import load
 from consul_prom.snippets import write_rule
 from tests.acl.access import Access
@@ -128,8 +129,8 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
         found = examine("--prometheus", prometheus.url)
         assert {finding.state for finding in found.values()} == {"ok"}
         assert list(found) == [
-            *("settings", "agent", "version", "token", "catalogue", "address", "ports", "directory", "ledger"),
-            *("workers", "instances", "limits", "targets", "labels", "interval"),
+            *("settings", "agent", "version", "token", "catalogue", "workers", "address", "ports"),
+            *("directory", "ledger", "instances", "limits", "targets", "labels", "interval"),
         ]
         text = run("--prometheus", prometheus.url).stdout
     assert text.count("\u2713") == len(found)
@@ -217,6 +218,13 @@ class TestAgent:
         assert "targets" in found
         assert "token" not in found
 
+    def test_no_leader(self, examine: Examine, agent: DevAgent) -> None:
+        """Where the agent's servers do not answer, as without a leader, that is found: Prometheus hears nothing."""
+        agent.fault = Fault(path="/v1/catalog/service", status=500)
+        found = examine(CONSUL_HTTP_ADDR=agent.url)
+        assert "catalogue" in wrong(found)
+        assert "raft" in found["catalogue"].cure
+
     async def test_old(self, consul: Consul, monkeypatch: pytest.MonkeyPatch) -> None:
         """A Consul that is too old is named; the newest text with a suffix is not."""
         seen = doctor._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
@@ -283,8 +291,9 @@ class TestHost:
         worker.kill()
         worker.wait()
         found = examine()
-        assert "workers" in wrong(found)
+        assert wrong(found) == {"workers"}
         assert "shop.web-1.0" in found["workers"].sentence
+        assert "No live worker" in found["address"].sentence
         assert "consul-prom deregister" in found["workers"].cure
 
     def test_unproven(self, examine: Examine, consul: Consul) -> None:
@@ -356,7 +365,9 @@ class TestHost:
     def test_directory_that_cannot_be_made(self, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
         """One that is not there and cannot be made is found."""
         monkeypatch.setattr(os, "access", lambda _path, _mode: False)
-        assert wrong(examine(CONSUL_PROM_DIR="/nowhere/slots")) == {"directory"}
+        found = examine(CONSUL_PROM_DIR="/nowhere/slots")
+        assert wrong(found) == {"directory"}
+        assert "cannot be used" in found["ledger"].sentence
 
     def test_ledger(self, examine: Examine, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         """Counters that end with their process are named: as it was set, for want of space, or as a worker's own."""
@@ -437,6 +448,17 @@ class TestPrometheus:
             assert wrong(found) == {"targets"}
             assert "404" in found["targets"].sentence
 
+    def test_moved(self, examine: Examine, consul: Consul) -> None:
+        """One that is registered at another port than the scraped one is found when Prometheus has heard of that."""
+        put(consul, "shop.web-1.0", meta())
+        with Prometheus(scrape(consul), flags=HASTY) as prometheus:
+            wait_until(lambda: prometheus.query_value("count(up == 0)") == 1, within=60, what="a failed scrape")
+            assert wrong(examine("--prometheus", prometheus.url)) == {"targets"}
+            (target,) = prometheus.targets()
+        assert not targets.has_moved(target, {"shop.web-1.0": ("127.0.0.1", 1)})
+        assert targets.has_moved(target, {"shop.web-1.0": ("127.0.0.1", 2)})
+        assert not targets.has_moved(target, {})
+
     def test_equal_labels(self, examine: Examine, start: Start, consul: Consul) -> None:
         """Targets that a relabelling of one's own made equal are found."""
         start()
@@ -453,9 +475,9 @@ class TestPrometheus:
         """Workers that live for few scrapes are found."""
         start()
         with Prometheus(scrape(consul), flags=HASTY) as prometheus:
-            targets = wait_until(prometheus.targets, within=60, what="a target")
-        slow = [{**target, "scrapeInterval": "5m"} for target in targets]
+            found = wait_until(prometheus.targets, within=60, what="a target")
+        slow = [{**target, "scrapeInterval": "5m"} for target in found]
         starts = [{"metric": {}, "value": [0, "10"]}]
-        assert doctor._lifetime(targets, starts).state == "ok"
-        assert doctor._lifetime(slow, starts).state == "wrong"
-        assert doctor._lifetime([], []).state == "unknown"
+        assert targets.lifetime(found, starts).state == "ok"
+        assert targets.lifetime(slow, starts).state == "wrong"
+        assert targets.lifetime(found, []).state == "ok"
