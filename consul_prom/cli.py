@@ -24,7 +24,7 @@ from consul_prom.errors import AgentConfused, AgentTimeout, AgentUnreachable, Co
 from consul_prom.ledger import Contents, Family, Series
 from consul_prom.registration import origin
 from consul_prom.screen import Screen
-from consul_prom.settings import ROWS, Row, Settings, load
+from consul_prom.settings import ROWS, Row, Settings, check_named, load
 from consul_prom.top import HEAD, Reading, line, ordered, total, watch
 
 T = TypeVar("T")
@@ -345,8 +345,7 @@ def top(settings: Settings, *, once: bool, as_json: bool, sort: str, containing:
     Example:
       consul-prom top --service shop --sort p99 --filter web-1:
     """
-    if not settings.service:
-        raise _Usage("no service name: pass --service or set CONSUL_PROM_SERVICE")
+    check_named(settings)
     single = once or as_json
     rows: list[Reading] = []
 

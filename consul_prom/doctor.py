@@ -23,7 +23,7 @@ from consul_prom.finding import Finding, listed, number_of
 from consul_prom.ledger import STEP, ledger_path
 from consul_prom.registrar import WATCHING_SLOTS
 from consul_prom.registration import is_of, is_worker, origin, parse_entry_id
-from consul_prom.settings import Settings, check_worker
+from consul_prom.settings import Settings, check_named, check_worker
 from consul_prom.snippets import write_rule
 from consul_prom.webconfig import WebConfig
 
@@ -87,6 +87,7 @@ async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "
 
 def _settings(settings: Settings) -> Finding:
     try:
+        check_named(settings)
         check_worker(settings)
         if settings.web_config:
             WebConfig(settings.web_config)

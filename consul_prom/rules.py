@@ -8,8 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from consul_prom.errors import SettingsError
-from consul_prom.settings import Settings
+from consul_prom.settings import Settings, check_named
 
 WINDOW: Final = "5m"
 
@@ -166,8 +165,7 @@ def rules(settings: Settings) -> str:
     Raises:
         SettingsError: no service is set.
     """
-    if not settings.service:
-        raise SettingsError("no service name: pass --service or set CONSUL_PROM_SERVICE", from_code=False)
+    check_named(settings)
     return "\n".join((*_records(settings), *_alerts(settings), ""))
 
 

@@ -518,14 +518,23 @@ def switch(name: str, arguments: Mapping[str, object], *, environ: Mapping[str, 
         return False
 
 
+def check_named(settings: Settings, *, how: str = "pass --service or set CONSUL_PROM_SERVICE") -> None:
+    """What is about one service needs its name; *how* to give it.
+
+    Raises:
+        SettingsError: there is none.
+    """
+    if not settings.service:
+        raise SettingsError(f"no service name: {how}", from_code=False)
+
+
 def check_worker(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> None:
     """What a worker needs beyond what every command needs.
 
     Raises:
         SettingsError: says what is missing, or in the way.
     """
-    if not settings.service:
-        raise SettingsError("no service name: pass service=... or set CONSUL_PROM_SERVICE", from_code=False)
+    check_named(settings, how="pass service=... or set CONSUL_PROM_SERVICE")
     multiprocess = environ.get("PROMETHEUS_MULTIPROC_DIR") or environ.get("prometheus_multiproc_dir")
     if multiprocess:
         raise SettingsError(

@@ -4,8 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 
-from consul_prom.errors import SettingsError
-from consul_prom.settings import ROWS, TAG, Row, Settings
+from consul_prom.settings import ROWS, TAG, Row, Settings, check_named
 
 _PLAIN = re.compile(r"[A-Za-z/][\w./-]*(:[0-9]+)?|([0-9]+\.){3}[0-9]+:[0-9]+", re.ASCII)
 _NO_TEXT = re.compile(r"true|false|yes|no|on|off|y|n|null", re.IGNORECASE)
@@ -19,10 +18,8 @@ def prometheus(settings: Settings, *, all_services: bool = False, datacenter: st
     Raises:
         SettingsError: it is to be for one service, and none is set.
     """
-    if not settings.service and not all_services:
-        raise SettingsError(
-            "no service name: pass --service, set CONSUL_PROM_SERVICE, or --all-services", from_code=False
-        )
+    if not all_services:
+        check_named(settings, how="pass --service, set CONSUL_PROM_SERVICE, or --all-services")
     name = TAG if all_services else settings.consul_service
     selection = f"tags: [{TAG}]" if all_services else f"services: [{_scalar(name)}]"
     discovery = _discovery(settings, selection, datacenter)
@@ -37,8 +34,7 @@ def acl(settings: Settings) -> str:
     Raises:
         SettingsError: no service is set.
     """
-    if not settings.service:
-        raise SettingsError("no service name: pass --service or set CONSUL_PROM_SERVICE", from_code=False)
+    check_named(settings)
     name = settings.consul_service
     return _ACL.format(name=name, write=write_rule(name))
 
