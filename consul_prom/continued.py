@@ -56,7 +56,7 @@ class ContinuedRegistry:
         self._shadows: dict[Family, Any] = {}
         self._warned_at: float | None = None
         self._register, self._unregister = registry.register, registry.unregister
-        _CONTINUED.add(self)
+        _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
         for collector in list(registry._collector_to_names):
             self._enter(collector)
@@ -155,7 +155,7 @@ class ContinuedRegistry:
         if not isinstance(collector, Counter | Summary | Histogram):
             return
         with self._entering:
-            if collector in self._bound:
+            if collector in self._bound or self not in _CONTINUED:
                 return
             bound = _Bound(self, self._ledger, collector)
             for family in list(self._ledger.inherited):
