@@ -3,8 +3,8 @@
 Its page shows a slot's totals, and the series that its earlier workers left. `get()` and the registry itself go on to
 show what this process counted. Gauges, Info and Enum are left alone, and so are custom collectors.
 
-What a renderer of its own needs, instead of `ContinuedRegistry.collect`: the `total()` of a value; the `_created` of a
-metric, which is carried with the value; `ContinuedRegistry.inherited` and `orphans`.
+A renderer of its own needs, instead of `ContinuedRegistry.collect`: `collectors`, the `total()` of a value, the
+`_created` of a metric, which is carried with the value, `inherited`, and `families` for what it does not know.
 """
 
 import logging
@@ -44,6 +44,8 @@ class ContinuedRegistry:
         LedgerError: this prometheus_client does not look like what we know; nothing was touched.
     """
 
+    totals: Final = True
+
     def __init__(self, registry: CollectorRegistry, ledger: Ledger) -> None:
         check_library()
         self._registry = registry
@@ -54,7 +56,7 @@ class ContinuedRegistry:
         self._shadows: dict[Family, Any] = {}
         self._warned_at: float | None = None
         self._register, self._unregister = registry.register, registry.unregister
-        _CONTINUED.add(self)
+        _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
         for collector in list(registry._collector_to_names):
             self._enter(collector)
@@ -62,6 +64,34 @@ class ContinuedRegistry:
     def collect(self) -> Iterator[Metric]:
         """The page: totals, a family's inherited series last in it, families that nobody registered last of all."""
         return self._page(lambda _names: True)
+
+    def collectors(
+        self, wanted: Callable[[list[str]], bool] = lambda _names: True
+    ) -> tuple[Metric | None, list[Collector]]:
+        """The target's information, and whose names are *wanted*, in the order of the page; the orphans are the last.
+
+        Orphans are unregistered metrics of the library, one for each family that nobody has registered and whose
+        names no collector has taken.
+        """
+        orphans = self._orphans()  # first: one that is registered meanwhile is on the page as what it is then
+        registry: Any = self._registry
+        with registry._lock:
+            found = [one for one, names in registry._collector_to_names.items() if wanted(names)]
+            taken = set(registry._names_to_collectors)
+            target_info = registry._target_info_metric() if registry._target_info else None
+        for collector in found:
+            self._enter(collector)  # where it was registered a moment ago
+        return target_info, found + [shadow for family, shadow in orphans if taken.isdisjoint(_names(family))]
+
+    def families(self, collector: Any) -> Iterable[Metric]:
+        """What the page has of one of `collectors`, by the library's own code."""
+        bound = self._bound.get(collector)
+        if bound:
+            return self._families(bound)
+        if collector in list(self._shadows.values()):
+            with totals():
+                return list(collector.collect())
+        return collector.collect()  # type: ignore[no-any-return]
 
     def restricted_registry(self, names: Iterable[str]) -> Collector:
         """What `collect` gives, but only samples of these names, and only from collectors that have such."""
@@ -74,16 +104,6 @@ class ContinuedRegistry:
         """
         bound = self._bound.get(metric)
         return self._shadow(bound.family) if bound and bound.inherited else None
-
-    def orphans(self) -> list[Any]:
-        """The same of each family that nobody has registered, and whose names no collector has taken."""
-        ours = {bound.family for bound in self._bound.values()}
-        taken = self._registry._names_to_collectors
-        return [
-            self._shadow(family)
-            for family, series in list(self._ledger.inherited.items())
-            if series and family not in ours and not any(name in taken for name in _names(family))
-        ]
 
     def close(self) -> None:
         """The registry is as it was, but for values that are ours, in memory. What was counted stays in the ledger."""
@@ -124,17 +144,18 @@ class ContinuedRegistry:
     def _on_unregister(self, collector: Collector) -> None:
         self._unregister(collector)
         with self._entering:
-            bound = self._bound.pop(collector, None)
+            bound = self._bound.get(collector)
             if bound:
                 bound.drop_all()
                 self.forget(bound.family, _all)
                 bound.leave(stays=False)
+                del self._bound[collector]
 
     def _enter(self, collector: Any) -> None:
         if not isinstance(collector, Counter | Summary | Histogram):
             return
         with self._entering:
-            if collector in self._bound:
+            if collector in self._bound or self not in _CONTINUED:
                 return
             bound = _Bound(self, self._ledger, collector)
             for family in list(self._ledger.inherited):
@@ -157,20 +178,19 @@ class ContinuedRegistry:
             self._ledger.abandon()
 
     def _page(self, wanted: Callable[[list[str]], bool]) -> Iterator[Metric]:
-        registry: Any = self._registry
-        with registry._lock:
-            collectors = [one for one, names in registry._collector_to_names.items() if wanted(names)]
-            target_info = registry._target_info_metric() if registry._target_info else None
+        target_info, collectors = self.collectors(wanted)
         if target_info:
             yield target_info
         for collector in collectors:
-            self._enter(collector)  # where it was registered a moment ago
-            bound = self._bound.get(collector)
-            yield from self._families(bound) if bound else collector.collect()
-        for shadow in self.orphans():
-            with totals():
-                families = list(shadow.collect())
-            yield from families
+            yield from self.families(collector)
+
+    def _orphans(self) -> list[tuple[Family, Any]]:
+        ours = {bound.family for bound in list(self._bound.values())}
+        return [
+            (family, self._shadow(family))
+            for family, series in list(self._ledger.inherited.items())
+            if series and family not in ours
+        ]
 
     def _families(self, bound: "_Bound") -> list[Metric]:
         inherited = bound.inherited
@@ -341,9 +361,13 @@ def last_page(contents: Contents) -> CollectorRegistry:
 
 def _metric(family: Family, registry: CollectorRegistry | None = None) -> Any:
     options = {"buckets": family.bounds} if family.bounds else {}
-    return _KINDS[family.kind](
-        family.name, family.documentation, family.labelnames, unit=family.unit, registry=registry, **options
+    metric = _KINDS[family.kind](
+        family.name, family.documentation, family.labelnames, unit=family.unit, registry=None, **options
     )
+    metric._name = family.name  # the library would take one more suffix from it
+    if registry:
+        registry.register(metric)
+    return metric
 
 
 def _names(family: Family) -> list[str]:

@@ -3,18 +3,19 @@
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client import exposition as text
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from consul_prom.continued import ContinuedRegistry
-from consul_prom.family import Encode, Family, Only
+from consul_prom.family import Encode, Family
 from consul_prom.kinds import known
+from consul_prom.source import Only, Plain, Source
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class Renderer:
 
     def __init__(self, registry: CollectorRegistry | ContinuedRegistry) -> None:
         self._registry = registry
+        self._source: Source = registry if isinstance(registry, ContinuedRegistry) else Plain(registry)
         self._kept: dict[str, tuple[float, dict[Any, Family]]] = {}  # by content type; the oldest first
 
     def render(
@@ -66,22 +68,29 @@ class Renderer:
         """Each the work of less than a millisecond; some are empty. No lock is held between two."""
         if names:
             yield asked.encode(self._registry.restricted_registry(names))
-        elif not known() or type(self._registry) is not CollectorRegistry:
+        elif not known() or type(self._registry) not in {CollectorRegistry, ContinuedRegistry}:
             yield asked.encode(self._registry)
         else:
             yield from self._page(asked)
 
     def _page(self, asked: Format) -> Iterator[bytes]:
-        registry: Any = self._registry
-        with registry._lock:
-            collectors = list(registry._collector_to_names)
-            target_info = registry._target_info_metric() if registry._target_info else None
+        target_info, collectors = self._source.collectors()
         families = self._families(asked, collectors)
         if target_info:
-            yield _by_library(Only(target_info), asked)
+            yield _by_library([target_info], asked)
         for collector in collectors:
-            yield from _one(collector, families.get(collector), asked)
+            yield from self._one(collector, families.get(collector), asked)
         yield asked.encode(Only())
+
+    def _one(self, collector: Collector, family: Family | None, asked: Format) -> Iterator[bytes]:
+        if family:
+            try:
+                yield from family.pieces()
+            except Exception:
+                log.debug("%r is left to prometheus_client", collector, exc_info=True)
+            else:
+                return
+        yield _by_library(self._source.families(collector), asked)
 
     def _families(self, asked: Format, collectors: Sequence[Any]) -> dict[Any, Family]:
         """The families of *collectors* that we can write. Those of other collectors, and of other formats, can go."""
@@ -92,7 +101,9 @@ class Renderer:
             kind = kinds.get(type(collector))
             if kind:
                 kept = last.get(collector)
-                families[collector] = kept or kind(collector, asked.encode, shows_exemplars=asked.shows_exemplars)
+                families[collector] = kept or kind(
+                    collector, asked.encode, source=self._source, shows_exemplars=asked.shows_exemplars
+                )
         self._kept[asked.content_type] = now, families
         for content_type, (when, _) in list(self._kept.items()):
             if len(self._kept) > FORMATS_KEPT or now - when > FORGET:
@@ -100,21 +111,10 @@ class Renderer:
         return families
 
 
-def _one(collector: Collector, family: Family | None, asked: Format) -> Iterator[bytes]:
-    if family:
-        try:
-            yield from family.pieces()
-        except Exception:
-            log.debug("%r is left to prometheus_client", collector, exc_info=True)
-        else:
-            return
-    yield _by_library(collector, asked)
-
-
-def _by_library(collector: Collector, asked: Format) -> bytes:
+def _by_library(found: Iterable[Metric], asked: Format) -> bytes:
     """In one go: a collector may hold a lock of its own until it has given its last metric."""
     end = asked.encode(Only())
-    return b"".join([asked.encode(Only(metric)).removesuffix(end) for metric in collector.collect()])
+    return b"".join([asked.encode(Only(metric)).removesuffix(end) for metric in found])
 
 
 def _gzipped(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -6,25 +6,30 @@ to the library.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, count
 from operator import is_not
 from typing import Any, ClassVar, Final
 
-from prometheus_client import Counter, Enum, Gauge, Histogram, Metric, Summary, metrics, values
+from prometheus_client import Counter, Enum, Gauge, Histogram, Summary, metrics, values
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
+
+from consul_prom.cells import CellValue
+from consul_prom.source import Only, Source
 
 Encode = Callable[[Collector], bytes]
 Read = Callable[[Sequence[Any]], list[float]]
 
 BLOCK: Final = 512  # numbers that are looked at in one go: a third of a millisecond where all have changed
-READERS: Final[dict[type, Read]] = {
+READERS: Final[Mapping[type, Read]] = {
     # An attribute is read in one step, so no value's lock is needed.
     values.MutexValue: lambda found: [value._value for value in found],
+    CellValue: lambda found: [value.get() for value in found],
 }
+TOTALS: Final[Mapping[type, Read]] = {**READERS, CellValue: lambda found: [value.total() for value in found]}
 _in_go: Final[Callable[[float], str]] = floatToGoString
 _CREATED: Final = 0.25  # what stands for a time of creation in a form; numbers are 0.5, 1.5, ...
 _GAP: Final = "\n"  # for a number, in a form
@@ -38,16 +43,6 @@ METHODS: Final = {
     for name in (*_OF_FAMILY, "_child_samples")
 }
 """As they were when this was imported."""
-
-
-class Only:
-    """A collector of the metrics that it is given."""
-
-    def __init__(self, *found: Metric) -> None:
-        self._found = found
-
-    def collect(self) -> Sequence[Metric]:
-        return self._found
 
 
 @dataclass(slots=True)
@@ -69,11 +64,13 @@ class Family:
     has_created: ClassVar[bool] = True
     differs: ClassVar[Any] = is_not  # what is the same object has the same text
 
-    def __init__(self, collector: Any, encode: Encode, *, shows_exemplars: bool) -> None:
+    def __init__(self, collector: Any, encode: Encode, *, source: Source, shows_exemplars: bool) -> None:
+        self.readers = TOTALS if source.totals else READERS
         self.shows_exemplars = shows_exemplars
         self.sections: list[_Section] = []
         self._collector = collector
         self._encode = encode
+        self._inherited = source.inherited
         self._dictionary: dict[Sequence[str], Any] = {}
         self._shape: tuple[object, ...] = ()
         self._blocks: list[_Block] = []
@@ -85,30 +82,32 @@ class Family:
         """
         try:
             _check(self._collector)
-            children = self._children()
-            self._find_form(children)
+            slices = self._slices()
+            self._find_form(slices[0][:1] if slices else [])
             written = [[section.head] for section in self.sections]
-            step = BLOCK // len(self.suffixes()) + 1
-            for start in range(0, len(children), step):
-                block = self._block(start // step, children[start : start + step])
+            for number, children in enumerate(slices):
+                block = self._block(number, children)
                 for section, lines in zip(written, block.write(), strict=True):
                     section.append(lines)
                 yield b""
-            del self._blocks[-(-len(children) // step) :]
+            del self._blocks[len(slices) :]
         except Exception:
             self._blocks = []
             raise
         yield from chain.from_iterable(written)
 
-    def _children(self) -> list[Any]:
-        """The series in the order of the page."""
+    def _slices(self) -> list[list[Any]]:
+        """The series in the order of the page, as many together as a block takes."""
         collector = self._collector
         if not collector._labelnames:
-            return [collector]
-        with collector._lock:
+            return [[collector]]
+        inherited = self._inherited(collector)  # before the lock, as it may have to be made
+        with collector._lock:  # so that no series is on its way from the one to the other
             if collector._metrics is not self._dictionary:
                 self._dictionary, self._blocks = collector._metrics, []
-            return list(self._dictionary.values())
+            parts = [list(self._dictionary.values()), list(inherited._metrics.values()) if inherited else []]
+        step = BLOCK // len(self.suffixes()) + 1
+        return [series[start : start + step] for series in parts for start in range(0, len(series), step)]
 
     def _block(self, number: int, children: list[Any]) -> "_Block":
         """The block of that number, made anew where its series are others."""
@@ -196,15 +195,22 @@ class _Block:
         self._children = children
         self._created = self._read_created(children)
         self._values = family.values(children)
-        self._read = _reader(self._values)
+        self._read = _reader(self._values, family.readers)
         self._numbers: list[Any] = [None] * (len(children) * len(family.suffixes()))
         columns = self._columns()
         self._sections = [_fill(section.form, columns) for section in family.sections]
         self._numbered = max(self._sections, key=len)
 
     def is_of(self, children: list[Any]) -> bool:
-        """Whether these are the same series, none of them reset."""
-        return self._children == children and self._created == self._read_created(children)
+        """Whether these are the same series, none of them reset.
+
+        Where those of a labelled metric get other values, it gets another dictionary.
+        """
+        return (
+            self._children == children
+            and self._created == self._read_created(children)
+            and (len(children) > 1 or self._values == self._family.values(children))
+        )
 
     def write(self) -> Iterator[bytes]:
         """The lines of all series, for each section."""
@@ -246,10 +252,13 @@ def _fill(form: str, columns: Sequence[Sequence[str]]) -> list[bytes]:
     return lines
 
 
-def _reader(found: Sequence[Any]) -> Read:
-    """How to read values of the class that all of *found* have; a KeyError where we do not know it."""
-    (kind,) = set(map(type, found)) or {values.MutexValue}
-    return READERS[kind]
+def _reader(found: Sequence[Any], readers: Mapping[type, Read]) -> Read:
+    """How to read *found*; a KeyError where we do not know their class."""
+    kinds = set(map(type, found)) or {values.MutexValue}
+    if len(kinds) == 1:
+        return readers[kinds.pop()]
+    each = [readers[type(value)] for value in found]
+    return lambda found: [number for read, value in zip(each, found, strict=True) for number in read([value])]
 
 
 def _check(collector: Any) -> None:

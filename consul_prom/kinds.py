@@ -7,11 +7,12 @@ from itertools import accumulate
 from operator import ne
 from typing import Any
 
-from prometheus_client import Counter, Enum, Gauge, Histogram, Summary, values
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Summary, values
 from prometheus_client import exposition as text
 from prometheus_client.openmetrics import exposition as openmetrics
 
-from consul_prom.family import METHODS, Family, Only
+from consul_prom.family import METHODS, Family
+from consul_prom.source import Only, Plain
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +124,11 @@ def _is_right(kind: Any, family: type[Family]) -> bool:
         metric = kind("a.b", 'Odd "\\\n".', ["b", "a.c"], registry=None, **options)
         metric.labels("b", "{0}%s")
         _use(metric.labels('"\\\n', "ü"))
+        source = Plain(CollectorRegistry())
         return all(
-            b"".join(family(metric, encode, shows_exemplars=encode is openmetrics.generate_latest).pieces())
+            b"".join(family(metric, encode, source=source, shows_exemplars=shows_exemplars).pieces())
             == encode(Only(*metric.collect())).removesuffix(encode(Only()))
-            for encode in (text.generate_latest, openmetrics.generate_latest)
+            for encode, shows_exemplars in ((text.generate_latest, False), (openmetrics.generate_latest, True))
         )
     except Exception:
         log.debug("this prometheus_client is not as expected: its %s is left to it", kind.__name__, exc_info=True)

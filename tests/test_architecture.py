@@ -28,6 +28,7 @@ ROWS = {
         "slots",
         "ledger",
         "cells",
+        "source",
         "linger",
         "door",
         "webconfig",
@@ -74,7 +75,7 @@ OWNERS = {
     "gunicorn": {"demo"},
 }
 OWNERS_FOR_TYPES = {"gunicorn": {"gunicorn"}}
-OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition", "family", "kinds"}}
+OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition", "family", "kinds", "source"}}
 OWNER_OF_THE_ENVIRONMENT = "settings"
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import settings
@@ -28,7 +30,10 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from consul_prom import exposition, family, kinds
+from consul_prom.continued import ContinuedRegistry, last_page
+from consul_prom.errors import LedgerError
 from consul_prom.exposition import Renderer
+from consul_prom.ledger import Ledger, read
 from tests.pages import render
 
 ROOT = Path(__file__).parent.parent
@@ -72,11 +77,19 @@ class _Custom(Collector):
         yield counted
 
 
-def _same(registry: CollectorRegistry, renderer: Renderer, accept: str = OPEN) -> bytes:
+def _same(registry: CollectorRegistry | ContinuedRegistry, renderer: Renderer, accept: str = OPEN) -> bytes:
     """The page, which is the library's."""
     page = render(renderer, accept=accept).body
     assert page == FORMATS[accept](registry)
     return page
+
+
+def _same_or_unwritable(source: Any, renderer: Renderer, accept: str) -> None:
+    try:
+        wanted = FORMATS[accept](source)
+    except UnicodeError:  # a lone surrogate
+        return
+    assert render(renderer, accept=accept).body == wanted
 
 
 NAMES = st.sampled_from(["a", "b_total", "c", "d_created", "e.f", "g_bucket", "{0}", "# h"]) | st.text(max_size=5)
@@ -108,9 +121,14 @@ class Application(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.registry = CollectorRegistry()
-        self.renderer = Renderer(self.registry)
         self.made: list[Any] = []
+        self.recipes: list[Callable[..., Any]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.registry = CollectorRegistry()
+        self.source: Any = self.registry
+        self.renderer = Renderer(self.source)
 
     @initialize(labels=st.lists(st.sampled_from(["a.b", "x"]), max_size=2))
     def start(self, *, labels: list[str]) -> None:
@@ -129,10 +147,12 @@ class Application(RuleBasedStateMachine):
     )
     def make(self, *, kind: str, name: str, help_: str, labels: Any, unit: str, states: Any, bounds: Any) -> None:
         options = {"enum": {"states": states}, "histogram": {"buckets": bounds}}.get(kind, {})
+        recipe = partial(KINDS[kind], name, help_, labels, unit=unit, **options)
         try:
-            self.made.append(KINDS[kind](name, help_, labels, unit=unit, registry=self.registry, **options))
+            self.made.append(recipe(registry=self.registry))
         except (ValueError, UnicodeError):  # the name is taken, or none
             return
+        self.recipes.append(recipe)
 
     @rule(name=NAMES, number=NUMBERS)
     def collect(self, *, name: str, number: float) -> None:
@@ -208,18 +228,14 @@ class Application(RuleBasedStateMachine):
 
     @rule(accept=st.sampled_from(sorted(FORMATS)))
     def scrape(self, *, accept: str) -> None:
-        try:
-            wanted = FORMATS[accept](self.registry)
-        except UnicodeError:  # a lone surrogate
-            return
-        assert render(self.renderer, accept=accept).body == wanted
+        _same_or_unwritable(self.source, self.renderer, accept)
 
     @rule(accept=st.sampled_from(sorted(FORMATS)), nth=WHICH, suffix=st.sampled_from(["", "_total", "_sum"]))
     def scrape_some(self, *, accept: str, nth: int, suffix: str) -> None:
         names = sorted({getattr(metric, "_name", "a") for metric in self.made}) or ["a"]
         names = [names[nth % len(names)] + suffix]
         assert render(self.renderer, accept=accept, names=names).body == FORMATS[accept](
-            self.registry.restricted_registry(names)
+            self.source.restricted_registry(names)
         )
 
     def teardown(self) -> None:
@@ -234,8 +250,67 @@ class Application(RuleBasedStateMachine):
         return self.made[which % len(self.made)] if self.made else None
 
 
+class Generations(Application):
+    """The same with a ledger: what one generation of the application counted, the next one goes on with."""
+
+    def begin(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.path = Path(self.directory.name, "shop.0.ledger")
+        self.live([])
+
+    def live(self, early: list[Callable[..., Any]]) -> None:
+        """A process with a registry of its own; *early* metrics count before the ledger is opened."""
+        self.registry = CollectorRegistry()
+        self.made = [recipe(registry=self.registry) for recipe in early]
+        self.use(acts=[(number, ("1", "early", ""), 3.0, True) for number in range(len(early))])
+        self.open()
+
+    def open(self) -> None:
+        self.ledger = Ledger.take_over(self.path, boot="b", instance="web-1:0")
+        self.source = ContinuedRegistry(self.registry, self.ledger)
+        self.renderer = Renderer(self.source)
+
+    @rule(early=st.integers(0, 2**9), late=st.integers(0, 2**9))
+    def be_continued(self, *, early: int, late: int) -> None:
+        """Of the metrics some are made before the ledger is opened, some later, and some never again."""
+        self.ledger.close()
+        by_number = list(enumerate(self.recipes))
+        self.live([recipe for number, recipe in by_number if early >> number % 9 & 1])
+        self.is_right()
+        for recipe in [recipe for number, recipe in by_number if (late & ~early) >> number % 9 & 1]:
+            self.made.append(recipe(registry=self.registry))
+            self.is_right()
+
+    @rule(comes_back=st.booleans())
+    def leave(self, *, comes_back: bool) -> None:
+        """The worker stops, and values live in memory, for good or until it starts again."""
+        self.source.close()
+        self.is_right()
+        for accept in ("", OPEN):
+            _same_or_unwritable(self.registry, Renderer(self.registry), accept)
+        if comes_back:
+            self.open()
+
+    @rule()
+    def be_adopted(self) -> None:
+        """The caretaker's page of what the ledger holds."""
+        contents = read(self.path)
+        assert contents
+        page = last_page(contents)
+        renderer = Renderer(page)
+        for accept in ("", OPEN, ""):
+            _same_or_unwritable(page, renderer, accept)
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.ledger.close()
+        self.directory.cleanup()
+
+
 TestAnything = Application.TestCase
-TestAnything.settings = settings(max_examples=int(os.environ.get("EXAMPLES", "100")), stateful_step_count=30)
+TestGenerations = Generations.TestCase
+for tests in (TestAnything, TestGenerations):
+    tests.settings = settings(max_examples=int(os.environ.get("EXAMPLES", "100")), stateful_step_count=30)
 
 
 class TestChanges:
@@ -453,6 +528,113 @@ class TestLeftToTheLibrary:
     def test_all_are_known(self) -> None:
         """All classes but Info are ours in the version that is installed."""
         assert set(kinds.known()) == {Counter, Gauge, Summary, Histogram, Enum}
+
+
+class TestContinued:
+    """A registry with a ledger."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return tmp_path / "shop.0.ledger"
+
+    def _continue(self, registry: CollectorRegistry, path: Path) -> ContinuedRegistry:
+        return ContinuedRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:0"))
+
+    @pytest.mark.parametrize("labels", [(), ("x",)])
+    def test_moves_after_a_scrape(self, registry: CollectorRegistry, path: Path, labels: tuple[str, ...]) -> None:
+        """Values and exemplars are read where they are, wherever they were at the last scrape."""
+        counter = Counter("reqs", "-", labels, registry=registry)
+        series = counter.labels("1") if labels else counter
+        series.inc(2, {"trace": "a"})
+        renderer = Renderer(registry)
+        _same(registry, renderer)
+        for number in range(3):
+            continued = self._continue(registry, path)
+            pages = Renderer(continued)
+            _same(continued, pages)
+            series.inc(1, {"trace": f"b{number}"})
+            series.inc(1, {"trace": f"c{number}"})
+            assert f" {4.0 + 2 * number} # ".encode() in _same(continued, pages)
+            _same(registry, renderer)
+            registry.unregister(counter)
+            _same(continued, pages)
+            registry.register(counter)
+            series.inc(0, {"trace": f"d{number}"})
+            assert f'd{number}"'.encode() in _same(continued, pages)
+            continued.close()
+            series.inc(0, {"trace": f"e{number}"})
+            _same(continued, pages)
+            _same(registry, renderer)
+
+    def test_ledger_is_full(self, registry: CollectorRegistry, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A family of which some series live in the ledger and others in memory, and are reset."""
+        continued = self._continue(registry, path)
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        renderer = Renderer(continued)
+        counter.labels("1").inc(3)
+        monkeypatch.setattr(Ledger, "bear", Mock(side_effect=LedgerError("it is full")))
+        for label in "23":
+            counter.labels(label).inc(4)
+            _same(continued, renderer)
+        for label in "123":
+            counter.labels(label).inc()
+            _same(continued, renderer)
+            counter.labels(label).reset()
+            assert f'reqs_total{{x="{label}"}} 0.0\n'.encode() in _same(continued, renderer)
+
+    def test_inherited_in_their_order(self, registry: CollectorRegistry, path: Path) -> None:
+        """Those that the process used come first; those that it did not, last in their family, until it does."""
+        counters = [Counter(name, "-", ["x"], registry=registry) for name in ("reqs", "took")]
+        self._continue(registry, path)
+        for number in range(2 * family.BLOCK):
+            for counter in counters:
+                counter.labels(number).inc()
+        registry = CollectorRegistry()
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        continued = self._continue(registry, path)
+        renderer = Renderer(continued)
+        for number in (2 * family.BLOCK - 1, 3, 2 * family.BLOCK):
+            counter.labels(number).inc()
+            page = _same(continued, renderer)
+            _same(continued, renderer, "")
+        assert re.findall(rb'reqs_total{x="(\d+)"} (.*)', page)[:4] == [
+            (b"1023", b"2.0"),
+            (b"3", b"2.0"),
+            (b"1024", b"1.0"),
+            (b"0", b"1.0"),
+        ]
+        counter.remove(5)
+        assert b'reqs_total{x="5"}' not in _same(continued, renderer)
+
+    def test_suffix_that_is_twice_there(self, registry: CollectorRegistry, path: Path) -> None:
+        """A name may end in what the library takes from names."""
+        counter = Counter("reqs_total_total", "-", ["x"], registry=registry)
+        self._continue(registry, path)
+        counter.labels("1").inc()
+        registry = CollectorRegistry()
+        continued = self._continue(registry, path)
+        renderer = Renderer(continued)
+        assert b'\nreqs_total_total{x="1"} 1.0\n' in _same(continued, renderer)
+        counter = Counter("reqs_total_total", "-", ["x"], registry=registry)
+        assert b'\nreqs_total_total{x="1"} 1.0\n' in _same(continued, renderer)
+
+    def test_closed(self, registry: CollectorRegistry, path: Path) -> None:
+        """A metric that comes after the end of the worker is not in the ledger, whoever still asks for pages."""
+        continued = self._continue(registry, path)
+        continued.close()
+        counter = Counter("late", "-", registry=registry)
+        _same(continued, Renderer(continued))
+        assert type(counter._value) is values.MutexValue
+
+    def test_left_to_the_library(self, registry: CollectorRegistry, path: Path) -> None:
+        """A metric that the library has to write shows totals too, and what is inherited."""
+        for number in range(3):
+            registry = CollectorRegistry()
+            counter = _OwnCounter("reqs", "-", ["x"], registry=registry)
+            continued = self._continue(registry, path)
+            counter.labels(f"{number // 2}").inc()
+            page = _same(continued, Renderer(continued))
+        assert re.findall(rb'reqs_total{x="(\d+)"} (.*)', page) == [(b"1", b"1.0"), (b"0", b"2.0")]
 
 
 class TestKept:
