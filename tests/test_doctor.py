@@ -24,6 +24,7 @@ from consul_prom.snippets import write_rule
 from tests.acl.access import Access
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
+from tests.services.program import own_address
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, SCRIPT, meta
@@ -327,23 +328,23 @@ class TestHost:
 
     def test_adopted_port(self, examine: Examine, consul: Consul) -> None:
         """The port of an adopted slot is the next worker's; that of a live one is not, nor what somebody else has."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            setting = {"CONSUL_PROM_PORT": str(port), "CONSUL_PROM_ADDRESS": "127.0.0.1"}
-            put(consul, "shop.web-1.0", meta(adopted="1"), Port=port)
+        address = own_address()
+        setting = {"CONSUL_PROM_PORT": "9100", "CONSUL_PROM_ADDRESS": address}
+        with socket.create_server((address, 9100)):
+            put(consul, "shop.web-1.0", meta(adopted="1"), Port=9100)
             assert wrong(examine(**setting)) == set()
-            put(consul, "shop.web-1.0", meta(), Port=port)
-            with socket.create_server(("127.0.0.1", port + 1)):
-                assert f"Somebody else has {port + 1}" in examine(**setting)["ports"].sentence
+            put(consul, "shop.web-1.0", meta(), Port=9100)
+            with socket.create_server((address, 9101)):
+                assert "Somebody else has 9101" in examine(**setting)["ports"].sentence
             assert wrong(examine(**setting)) == set()
 
     def test_port_of_the_master(self, examine: Examine) -> None:
         """The port before the base is named where somebody else has it; who has no master need not care."""
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            finding = examine(CONSUL_PROM_PORT=str(port + 1), CONSUL_PROM_ADDRESS="127.0.0.1")["ports"]
+        address = own_address()
+        with socket.create_server((address, 9099)):
+            finding = examine(CONSUL_PROM_PORT="9100", CONSUL_PROM_ADDRESS=address)["ports"]
         assert finding.state == "unknown"
-        assert f"Somebody else has {port}, where the page of Gunicorn's master" in finding.sentence
+        assert "Somebody else has 9099, where the page of Gunicorn's master" in finding.sentence
 
     def test_range_is_used_up(self, examine: Examine, start: Start) -> None:
         """A range whose ports are all our own workers' has none for the next."""
