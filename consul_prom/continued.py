@@ -54,12 +54,13 @@ class ContinuedRegistry:
         self._entering = threading.RLock()
         self._bound: dict[Collector, _Bound] = {}
         self._shadows: dict[Family, Any] = {}
-        self._warned_at: float | None = None
+        self._untold: tuple[str, Exception | None] | None = None
+        self._told_at: float | None = None
         self._register, self._unregister = registry.register, registry.unregister
         _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
         for collector in list(registry._collector_to_names):
-            self._enter(collector)
+            self._try_enter(collector)
 
     def collect(self) -> Iterator[Metric]:
         """The page: totals, a family's inherited series last in it, families that nobody registered last of all."""
@@ -80,7 +81,7 @@ class ContinuedRegistry:
             taken = set(registry._names_to_collectors)
             target_info = registry._target_info_metric() if registry._target_info else None
         for collector in found:
-            self._enter(collector)  # where it was registered a moment ago
+            self._try_enter(collector)  # where it was registered a moment ago
         return target_info, found + [shadow for family, shadow in orphans if taken.isdisjoint(_names(family))]
 
     def families(self, collector: Any) -> Iterable[Metric]:
@@ -108,6 +109,7 @@ class ContinuedRegistry:
     def close(self) -> None:
         """The registry is as it was, but for values that are ours, in memory. What was counted stays in the ledger."""
         self._let_go(locked=True)
+        self.tell()
 
     def abandon(self) -> None:
         """The same in a forked child, where a lock may be held for ever by a thread that did not follow."""
@@ -124,8 +126,9 @@ class ContinuedRegistry:
             try:
                 return self._ledger.bear(bound.family, labels, created=created)
             except LedgerError as error:
-                self._warn(
-                    f"new series of {bound.family.name} are counted in memory only, the ledger takes no more: {error}"
+                self.note(
+                    f"new series of {bound.family.name} are counted in memory only, the ledger takes no more: {error} "
+                    "(CONSUL_PROM_DIR)"
                 )
                 return None
 
@@ -139,7 +142,7 @@ class ContinuedRegistry:
 
     def _on_register(self, collector: Collector) -> None:
         self._register(collector)
-        self._enter(collector)
+        self._try_enter(collector)
 
     def _on_unregister(self, collector: Collector) -> None:
         self._unregister(collector)
@@ -225,11 +228,25 @@ class ContinuedRegistry:
             else:
                 del self._shadows[family]
 
-    def _warn(self, sentence: str) -> None:
+    def _try_enter(self, collector: Collector) -> None:
+        """Nothing that goes wrong here reaches the application."""
+        try:
+            self._enter(collector)
+        except Exception as error:  # noqa: BLE001  # it is logged, later
+            self.note(f"{collector!r} is counted in memory only: an error not expected", error)
+
+    def note(self, sentence: str, error: Exception | None = None) -> None:
+        """Of a birth, which holds a lock of the application's metric: a log handler may count its lines in that."""
+        self._untold = self._untold or (sentence, error)
+
+    def tell(self) -> None:
+        """Log what births have noted, outside of all locks."""
+        untold, self._untold = self._untold, None
         now = time.monotonic()
-        if self._warned_at is None or now - self._warned_at > REPEAT_LOG:
-            self._warned_at = now
-            log.warning("%s (CONSUL_PROM_DIR)", sentence)
+        if untold and (self._told_at is None or now - self._told_at > REPEAT_LOG):
+            self._told_at = now
+            sentence, error = untold
+            log.warning(sentence, exc_info=error)
 
 
 class _Restricted:
@@ -251,7 +268,7 @@ class _Bound:
     def __init__(self, owner: ContinuedRegistry, ledger: Ledger, metric: Any) -> None:
         bounds = tuple(metric._upper_bounds) if isinstance(metric, Histogram) else ()
         self.family = Family(
-            metric._type, metric._name, tuple(metric._labelnames), bounds, metric._documentation, metric._unit
+            metric._type, metric._name, tuple(metric._labelnames), bounds, str(metric._documentation), str(metric._unit)
         )
         self.metric = metric
         self.inherited = ledger.inherited[self.family]
@@ -291,8 +308,8 @@ class _Bound:
             if cell is not None:
                 self._cells[labels] = cell
                 move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=newborn)
-        except Exception:
-            log.exception("a series of %s is counted in memory only: an error not expected", self.family.name)
+        except Exception as error:  # noqa: BLE001  # it is logged, later
+            self._owner.note(f"a series of {self.family.name} is counted in memory only: an error not expected", error)
 
     def gone(self, labels: Labels) -> None:
         cell = self._cells.pop(labels, None)

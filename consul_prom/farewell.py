@@ -18,6 +18,7 @@ Stop = Callable[[], None]
 _due: Final[list[Stop]] = []
 _under_way: Final[list[Stop]] = []
 _signalled: Final[list[int]] = []
+_dying: Final[list[int]] = []
 
 
 def expect(stop: Stop) -> None:
@@ -47,10 +48,20 @@ def said(stop: Stop) -> Iterator[None]:
             os.kill(os.getpid(), _signalled.pop())
 
 
+def dying() -> bool:
+    """Whether the process dies as soon as all is said.
+
+    Then nothing need be as before, and no lock of the application's may be waited for: the signal's handler runs in the
+    midst of whatever held it.
+    """
+    return bool(_dying)
+
+
 def _end(number: int, _frame: object) -> None:
     if _under_way:
         _signalled.append(number)
         return
+    _dying.append(number)
     try:
         _say_all()
     finally:

@@ -36,6 +36,8 @@ KEEP: Final = 24 * 3600.0
 """Seconds that a series which no process uses stays: long enough for rare ones to be seen by ``increase()``."""
 MOST_UNUSED: Final = 10_000
 RETRY: Final = 60.0
+LONGEST_GAP: Final = 300.0
+"""Seconds after which Prometheus takes a series for gone: nobody scrapes more seldom, so nobody was there meanwhile."""
 
 MAGIC: Final = b"consul-prom ledger 1\n\0\0\0"
 _HEAD, _FAMILY, _SERIES = range(3)
@@ -215,8 +217,9 @@ class Ledger:
     def scraped(self, now: float) -> None:
         """Note a scrape."""
         cells, state = self.cells, self._state
-        if last := cells[state + _SCRAPED]:
-            cells[state + _GAP] = max(cells[state + _GAP], now - last)
+        gap = now - (cells[state + _SCRAPED] or now)
+        if gap <= LONGEST_GAP:
+            cells[state + _GAP] = max(cells[state + _GAP], gap)
         cells[state + _SCRAPED] = now
         self._shown = self._digest()
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from prometheus_client import CollectorRegistry
 
+from consul_prom import farewell
 from consul_prom.address import find_address, route_address
 from consul_prom.adoption import Adoption
 from consul_prom.caretaker import Caretaker
@@ -182,7 +183,8 @@ class Life:
         self._within(self.close())
         if not self.thread.stop(self._remaining()):
             log.warning("the metrics thread of %s did not end within CONSUL_PROM_STOP_TIMEOUT", self.tenancy.instance)
-        self.dispose()
+        if not farewell.dying():
+            self.dispose()
 
     def _remaining(self) -> float:
         """Seconds left of the one STOP_TIMEOUT that all parts of a stop share; never quite none."""
@@ -263,6 +265,8 @@ class Life:
 
     def _scraped(self, seconds: float) -> None:
         self._metrics.scraped(seconds)
+        if self._continued:
+            self._continued.tell()
         if self._ledger:
             self._ledger.scraped(time.time())
 
@@ -310,8 +314,9 @@ class Life:
 
     def dispose(self) -> None:
         """What needs no event loop: registry, socket and slot are as before the start."""
-        if self._continued:
-            self._continued.close()  # first: a metric that leaves the registry leaves the ledger too
+        continued, self._continued = self._continued, None
+        if continued:
+            continued.close()  # first: a metric that leaves the registry leaves the ledger too
         self._metrics.close()
         self._signals.close()
         if self._listener:
@@ -347,6 +352,9 @@ class Life:
             "pid": str(self._pid),
             "registered": "yes" if self.tenancy.registered else f"no: {self.tenancy.trouble}",
         }
+
+
+os.register_at_fork(after_in_child=Life.sharing._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 async def _end_of(task: asyncio.Task[None], timeout: float) -> None:

@@ -40,27 +40,32 @@ class Scrapes:
         self._one_at_a_time = asyncio.Lock()
         self._read: list[_Page] = []
         self._broken_at: float | None = None
-        self._scrapers: dict[asyncio.Transport, float] = {}
+        self._scrapers: dict[asyncio.Transport, float] = {}  # when the last page that each got was begun
+        self._sent = 0.0  # when the last page that anybody got was
         self.last: float | None = None
         """When the last one began, in seconds since 1970."""
 
     def since(self, when: float) -> bool:
-        """Whether one has begun since then, by each that keeps a connection to scrape us over, as Prometheus does.
+        """Whether a page that was begun since then has been sent, to each that keeps a connection, as Prometheus does.
 
         Of a pair of servers behind one address a connection is all that tells them apart.
         """
         open_ones = [begun for connection, begun in self._scrapers.items() if not connection.is_closing()]
-        return (self.last or 0.0) >= when and all(begun >= when for begun in open_ones)
+        return self._sent >= when and all(begun >= when for begun in open_ones)
 
     async def answer(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:
         """The page that *request* asks for, with more *headers*."""
         self.last, begun = time.time(), time.perf_counter()
-        self._note_scraper(request.transport, self.last)
+        self._note(request.transport, 0.0)
         page = await self._page(request)
         if page.status == HTTPStatus.OK:
             with FORKING:
                 self._on_scrape(time.perf_counter() - begun)
-        return await page.send(request, headers)
+        response, whole = await page.send(request, headers)
+        if whole and page.status == HTTPStatus.OK:
+            self._sent = page.begun
+            self._note(request.transport, page.begun)
+        return response
 
     def close(self) -> None:
         for task in self._writing.values():
@@ -80,7 +85,7 @@ class Scrapes:
         """In slices of a millisecond, between which the application's threads have the interpreter for themselves."""
         written = []
         async with self._one_at_a_time:
-            begun = time.perf_counter()
+            begun_at, begun = time.time(), time.perf_counter()
             while True:
                 try:
                     with FORKING:
@@ -96,7 +101,7 @@ class Scrapes:
         if self._broken_at is not None:
             log.info("the metrics can be rendered again")
         self._broken_at = None
-        return self._keep(_Page(HTTPStatus.OK, headers, b"".join(written)))
+        return self._keep(_Page(HTTPStatus.OK, headers, b"".join(written), begun=begun_at))
 
     def _keep(self, page: "_Page") -> "_Page":
         """So that readers which stall hold no more memory than a few pages: the oldest of these are cut off."""
@@ -114,30 +119,34 @@ class Scrapes:
         text = f"a collector raised {type(error).__name__}\n"
         return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
 
-    def _note_scraper(self, connection: asyncio.Transport | None, begun: float) -> None:
+    def _note(self, connection: asyncio.Transport | None, begun: float) -> None:
         """In a new dictionary, since another thread may read the old one."""
         known = {one: when for one, when in self._scrapers.items() if not one.is_closing()}
         if connection:
-            known[connection] = begun
+            known[connection] = max(begun, known.get(connection, 0.0))
         self._scrapers = known
 
 
 class _Page:
     """A page that was written, and who still reads it."""
 
-    def __init__(self, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    def __init__(self, status: int, headers: Mapping[str, str], body: bytes, *, begun: float = 0.0) -> None:
         self.status = status
+        self.begun = begun
         self.headers = headers
         self.body = body
         self.readers: set[asyncio.Transport] = set()
 
-    async def send(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:
-        """No faster than it is taken, so that a slow reader costs one buffer; in READING seconds, or not at all."""
+    async def send(self, request: BaseRequest, headers: Mapping[str, str]) -> tuple[StreamResponse, bool]:
+        """The answer, and whether it was taken to its end.
+
+        No faster than it is taken, so that a slow reader costs one buffer; in READING seconds, or not at all.
+        """
         response = StreamResponse(status=self.status, headers={**self.headers, **headers})
         response.content_length = len(self.body)
         transport = request.transport
         if transport is None:  # it went away
-            return response
+            return response, False
         self.readers.add(transport)
         try:
             async with asyncio.timeout(READING):
@@ -149,9 +158,11 @@ class _Page:
             transport.abort()
         except ConnectionError:
             log.debug("a scraper went away before it had the page")
+        else:
+            return response, request.method == "GET"
         finally:
             self.readers.discard(transport)
-        return response
+        return response, False
 
 
 def _accepted_encoding(request: BaseRequest) -> str:

@@ -60,7 +60,8 @@ class MetricsThread:
         if loop is None or loop.is_closed():
             return []
         selector = loop._selector  # noqa: SLF001  # asyncio shows its descriptors in no other way
-        return [*selector.get_map(), loop._csock.fileno(), selector.fileno()]  # noqa: SLF001
+        own = [selector.fileno()] if hasattr(selector, "fileno") else []  # gevent's has none
+        return [*selector.get_map(), loop._csock.fileno(), *own]  # noqa: SLF001
 
     def stop(self, timeout: float) -> bool:
         """Cancel all that runs, end the thread; False where that took longer than *timeout* seconds."""

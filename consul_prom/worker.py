@@ -97,24 +97,32 @@ class Worker:
         if (self._life and self._life.mine) or self._disabled:
             return
         try:
-            if self._misset:
-                raise self._misset
-            assert self._settings  # noqa: S101  # one of the two is there
-            check_worker(self._settings)
-            farewell.expect(self.stop)  # first: who lingers must see its handler
-            with Life.sharing:
-                self._life = Life.shared(self._settings, self._registry)
-                self._life.start(loop)
-                if not keeps:
-                    self._left = True
-                    self._life.leavers += 1
-            if self._required:
-                self._await_registration(self._life, self._settings.start_timeout)
+            self._begin(loop, keeps=keeps)
         except ConsulPromError as error:
             self.stop()
             if self._required:
                 raise
             log.error("consul-prom is off: %s", error)
+        except Exception as error:
+            log.exception("consul-prom is off: an error that it did not expect")
+            self.stop()
+            if self._required:
+                raise EndpointError("an error that consul-prom did not expect") from error
+
+    def _begin(self, loop: asyncio.AbstractEventLoop | None, *, keeps: bool) -> None:
+        if self._misset:
+            raise self._misset
+        assert self._settings  # noqa: S101  # one of the two is there
+        check_worker(self._settings)
+        farewell.expect(self.stop)  # first: who lingers must see its handler
+        with Life.sharing:
+            self._life = Life.shared(self._settings, self._registry)
+            self._life.start(loop)
+            if not keeps:
+                self._left = True
+                self._life.leavers += 1
+        if self._required:
+            self._await_registration(self._life, self._settings.start_timeout)
 
     async def leave(self) -> None:
         """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`.

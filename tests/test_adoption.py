@@ -332,7 +332,7 @@ async def test_wiped(agent: DevAgent, caretaker: Caretaker, slot_directory: Path
 def test_state_of_a_ledger(slot_directory: Path) -> None:
     """The longest gap between scrapes outlives its worker, as do the time of the last and the port."""
     slot, ledger = live(slot_directory, port=4711)
-    for at in (100.0, 115.0, 145.0, 160.0):
+    for at in (100.0, 4000.0, 4015.0, 4045.0, 4060.0):  # after an hour without a server
         ledger.scraped(at)
     slot.release()
     slot, ledger = live(slot_directory, port=ledger.port)
@@ -340,8 +340,8 @@ def test_state_of_a_ledger(slot_directory: Path) -> None:
     path = ledger_path(slot_directory, "shop", 0)
     state = peek(path)
     assert state
-    assert (state.port, state.vacant, state.scraped, state.gap) == (4711, 0, 160, 30)
+    assert (state.port, state.vacant, state.scraped, state.gap) == (4711, 0, 4060, 30)
     lived(slot_directory, 0, port=4712)
     state = peek(path)
     assert state
-    assert (state.port, state.scraped, state.gap) == (4712, 160, 30)
+    assert (state.port, state.scraped, state.gap) == (4712, 4060, 30)

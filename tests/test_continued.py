@@ -601,6 +601,9 @@ class TestTrouble:
         use(worker)
         assert worker.page()["hits_total 1999"] == 1
         assert worker.page()["hits_total /"] == 4
+        assert not caplog.records, "a log handler may count its lines in the metric whose lock a birth holds"
+        for _ in range(2):
+            worker.continued.tell()
         assert len(caplog.records) == 1
         assert "new series of hits are counted in memory only" in caplog.records[0].message
         assert "No space left on device" in caplog.records[0].message
@@ -615,6 +618,34 @@ class TestTrouble:
         monkeypatch.setattr(Ledger, "bear", lambda *_, **__: 1 / 0)
         worker.hits.labels("/").inc()
         assert worker.page()["hits_total /"] == 1
+        worker.continued.tell()
+        assert caplog.records[0].exc_info
+
+    def test_lazy_help(self, path: Path) -> None:
+        """A help text that becomes a string only when it is written, as Django's translated ones, is one."""
+
+        class Lazy:
+            def __str__(self) -> str:
+                return "Hits."
+
+            def replace(self, old: str, new: str) -> str:
+                return str(self).replace(old, new)
+
+        worker = Worker(path)
+        Counter("lazy", Lazy(), registry=worker.registry).inc()  # type: ignore[arg-type]
+        assert worker.page()["lazy_total"] == 1
+        worker.continued.close()
+        assert Worker(path).page()["lazy_total"] == 1
+
+    def test_bug_at_registration(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An error that we did not expect leaves a metric in memory, and the application does not hear of it."""
+        worker = Worker(path)
+        monkeypatch.setattr(Ledger, "introduce", lambda *_: 1 / 0)
+        Counter("other", "Others.", registry=worker.registry).inc()
+        assert worker.page()["other_total"] == 1
+        worker.continued.tell()
         assert caplog.records[0].exc_info
 
     @pytest.mark.parametrize("change", ["value", "children", "clear", "gone"])

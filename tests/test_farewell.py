@@ -135,6 +135,20 @@ def test_failure(run: Run) -> None:
     assert rest(process)[0] == -signal.SIGTERM
 
 
+def test_metric_in_use(run: Run, slot_directory: Path) -> None:
+    """A signal that comes while the application is inside of a metric's lock does not wait for that."""
+    os.environ.update(CONSUL_PROM_DIR=str(slot_directory), CONSUL_PROM_ADDRESS="127.0.0.1")
+    script = """
+from prometheus_client import Counter
+import consul_prom
+counter = Counter("hits", "Hits.", ["view"])
+consul_prom.Worker(service="shop", consul_http_addr="127.0.0.1:1").start()
+with counter._lock:
+    signal.raise_signal(signal.SIGTERM)
+"""
+    assert rest(run(script))[0] == -signal.SIGTERM
+
+
 def test_others_handler(run: Run) -> None:
     """A signal that the application handles, or ignores, is the application's."""
     script = """
