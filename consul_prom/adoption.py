@@ -66,6 +66,7 @@ class Adoption:
         self._vacant: dict[int, float] = {}
         self._adopted: dict[int, asyncio.Task[None]] = {}
         self._refused_at = -math.inf
+        self._over = False
 
     async def turn(self) -> None:
         """Adopt the slots whose workers are gone and not about to be replaced."""
@@ -79,9 +80,8 @@ class Adoption:
                 await self._try_adopt(number)
 
     async def end(self) -> None:
-        """All guests leave."""
-        for task in self._adopted.values():
-            task.cancel()
+        """All guests leave. None is cancelled: it may be leaving already."""
+        self._over = True
         await asyncio.gather(*self._adopted.values(), return_exceptions=True)
 
     async def _try_adopt(self, number: int) -> None:
@@ -120,23 +120,20 @@ class Adoption:
         return max(self._retain, min(GAPS * state.gap, LONGEST))
 
     async def _keep(self, slot: Slot, guest: Guest, path: Path, state: State, ends_at: float) -> None:
-        """Until a newborn wants the slot, until *ends_at*, or until we are cancelled."""
-        wanted = False
+        """Until a newborn wants the slot, until *ends_at*, or until the end."""
         try:
-            while slot.intact and self._clock() < ends_at:
-                wanted = slot.wanted
-                if wanted:
-                    return
+            wanted = slot.wanted
+            while slot.intact and not wanted and not self._over and self._clock() < ends_at:
                 await asyncio.sleep(GLANCE)
-            if slot.intact:  # or it is another's ledger by now
+                wanted = slot.wanted
+            if wanted:
+                await guest.give_up()
+                return
+            if slot.intact and not self._over:  # else it is another's ledger by now, or the next caretaker's
                 vacate(path, state, NEVER)
+            if await guest.retire(self._patience):
+                slot.settle()
+            else:
+                slot.abandon()
         finally:
-            try:
-                if wanted:
-                    await guest.give_up()
-                elif await guest.retire(self._patience):
-                    slot.settle()
-                else:
-                    slot.abandon()
-            finally:
-                slot.release()
+            slot.release()

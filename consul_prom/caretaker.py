@@ -207,9 +207,12 @@ class Caretaker:
             slot.release()
 
     async def _dismiss(self, slot: slots.Slot) -> None:
-        guest, self._guest = self._guest, None
-        if guest and await guest.retire(self._patience):
-            slot.settle()
+        """The guest is ours until it has retired: if we are cancelled in the middle of that, it is done again."""
+        if self._guest:
+            clean = await self._guest.retire(self._patience)
+            self._guest = None
+            if clean:
+                slot.settle()
 
     def _try(self, lock: Callable[[], L | None]) -> L | None:
         try:

@@ -263,6 +263,20 @@ async def test_caretaker_ends(agent: DevAgent, caretaker: Caretaker, slot_direct
     await eventually(lambda: "shop.web-1.0" not in agent.state.services, within=10, what="gone")
 
 
+async def test_end_in_the_middle(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+    """A guest that is retiring already when the caretaker ends is let do so."""
+    lived(slot_directory, 5)
+    await caretaker.adoption.turn()
+    await eventually(adopted(agent), within=10, what="adopted")
+    agent.fault = Fault(delay=0.1)
+    asked = len(agent.requests)
+    caretaker.now += 120
+    await eventually(lambda: len(agent.requests) > asked, within=10, what="a question")
+    await caretaker.adoption.end()
+    assert "shop.web-1.0" not in agent.state.services
+    assert note_of(slot_directory) == ""
+
+
 async def test_killed_caretaker(caretaker: Caretaker, slot_directory: Path) -> None:
     """What a killed one had adopted is vacant."""
     number = lived(slot_directory, 5)

@@ -532,9 +532,12 @@ class FakeGuest:
     def __init__(self, *, clean: bool = True) -> None:
         self.clean = clean
         self.retired = 0
+        self.may_retire = asyncio.Event()
+        self.may_retire.set()
 
     async def retire(self, timeout: float) -> bool:
         self.retired += 1
+        await self.may_retire.wait()
         return self.clean
 
 
@@ -573,11 +576,14 @@ class Inn:
         self._arrived.set()
         await self._rounds.acquire()
 
-    async def round(self) -> None:
-        """One more, to its end."""
+    async def begin_round(self) -> None:
         await self._arrived.wait()
         self._arrived.clear()
         self._rounds.release()
+
+    async def round(self) -> None:
+        """One more, to its end."""
+        await self.begin_round()
         async with asyncio.timeout(10):
             await self._arrived.wait()
 
@@ -592,6 +598,20 @@ def note_of(directory: Path) -> str:
 
 class TestMasters:
     """The caretaker serves the page of Gunicorn's masters for as long as there are any."""
+
+    async def test_end_in_the_middle(self, slot_directory: Path) -> None:
+        """Where the caretaker ends while the guest retires, as when all are killed, that is done to its end."""
+        inn = Inn(FakeAgent({}), slot_directory)
+        await inn.round()
+        (guest,) = inn.guests
+        guest.may_retire.clear()
+        inn.alive = False
+        await inn.begin_round()
+        await eventually(lambda: guest.retired, within=10, what="the guest retires")
+        asyncio.get_running_loop().call_later(0.05, guest.may_retire.set)
+        await inn.end()
+        assert guest.retired == 2
+        assert note_of(slot_directory) == ""
 
     async def test_comes_and_goes(self, slot_directory: Path) -> None:
         """One guest is received while masters live, and retires with them; then nothing is left to look for."""

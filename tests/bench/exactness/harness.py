@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -69,6 +70,14 @@ class Result:
         return self.counted[0] - self.truth, self.counted[1] - self.truth
 
 
+class _Script(Gunicorn):
+    """Started by its script, so that USR2 can start it anew."""
+
+    def _arguments(self) -> Sequence[str]:
+        _module, _name, *rest = super()._arguments()
+        return [str(Path(sys.executable).with_name("gunicorn")), *rest]
+
+
 class Stage:
     """The programs of a run."""
 
@@ -103,7 +112,7 @@ class Stage:
             environ["CONSUL_PROM_SERVICE"] = "shop"
             options = (*options, "--config=python:consul_prom.gunicorn")
         self.shop = enter(
-            Gunicorn(
+            _Script(
                 f"tests.bench.exactness.app:{app}",
                 workers=self.scenario.workers,
                 worker_class="sync" if self.scenario.sync else "aiohttp.GunicornWebWorker",
