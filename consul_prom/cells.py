@@ -74,11 +74,6 @@ class CellValue:
         with self._lock:
             return float(self._cells[self._index])
 
-    def place(self) -> tuple[Any, int]:
-        """The cells, and which of them is ours, until we move."""
-        with self._lock:
-            return self._cells, self._index
-
     def set_exemplar(self, exemplar: Any) -> None:
         with self._lock:
             self._exemplar = exemplar
@@ -106,8 +101,8 @@ class CellValue:
 
 
 def reader(found: Sequence[CellValue]) -> Callable[[], Sequence[float]]:
-    """How to read the totals of *found*, in one step, for as long as none of them moves."""
-    places = [value.place() for value in found]
+    """How to read the totals of *found*, in one step, for as long as none of them moves; meanwhile none may."""
+    places = [(value._cells, value._index) for value in found]
     cells = places[0][0]
     if len(found) == 1 or any(other is not cells for other, _ in places):
         return lambda: [cells[index] for cells, index in places]

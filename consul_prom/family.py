@@ -8,6 +8,7 @@ to the library.
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, compress, count
 from operator import ne
@@ -65,12 +66,14 @@ class Family:
     """What a collector of one of the library's classes, and of no subclass, has on the page."""
 
     has_created: ClassVar[bool] = True
+    has_exemplars: ClassVar[bool] = True
     differs: ClassVar[Any] = ne  # sums are never -0.0, so that equal ones have the same text
 
     def __init__(self, collector: Any, encode: Encode, *, source: Source, shows_exemplars: bool) -> None:
-        # Where labelled series move, they get another dictionary; others may move at any time.
+        self.staying: Any = collector._lock if collector._labelnames else nullcontext()
+        # Labelled series move under this lock, and get another dictionary then; others may move at any time.
         self.readers = (CELLS if collector._labelnames else TOTALS) if source.totals else READERS
-        self.shows_exemplars = shows_exemplars
+        self.shows_exemplars = shows_exemplars and self.has_exemplars
         self.sections: list[_Section] = []
         self._collector = collector
         self._encode = encode
@@ -199,7 +202,8 @@ class _Block:
         self._children = children
         self._created = self._read_created(children)
         self._values = family.values(children)
-        self._read = _reader(self._values, family.readers)
+        with family.staying:
+            self._read = _reader(self._values, family.readers)
         self._numbers: Any = [None] * (len(children) * len(family.suffixes()))
         columns = self._columns()
         self._sections = [_fill(section.form, columns) for section in family.sections]

@@ -26,7 +26,7 @@ class _Counters(Family):
 
 
 class _Gauges(_Counters):
-    has_created = False
+    has_created = has_exemplars = False
     differs = is_not  # what is the same object has the same text
 
     def suffixes(self) -> Sequence[str]:
@@ -47,6 +47,8 @@ class _Gauges(_Counters):
 
 
 class _Summaries(Family):
+    has_exemplars = False
+
     def suffixes(self) -> Sequence[str]:
         return ("_count", "_sum")
 
@@ -81,7 +83,7 @@ class _Histograms(Family):
 
 
 class _Enums(Family):
-    has_created = False
+    has_created = has_exemplars = False
 
     def parts(self) -> Sequence[object]:
         return tuple(self._collector._states)
