@@ -3,8 +3,10 @@
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from operator import itemgetter
 from typing import Any, Final
 
 from prometheus_client import Counter, Histogram, Summary, values
@@ -96,6 +98,15 @@ class CellValue:
             total = self._cells[self._index]
             self._cells, self._index, self._created = array("d", (total, 0.0)), 0, 1
             self._elsewhere = total if stays else 0.0
+
+
+def reader(found: Sequence[CellValue]) -> Callable[[], Sequence[float]]:
+    """How to read the totals of *found*, in one step, for as long as none of them moves; meanwhile none may."""
+    places = [(value._cells, value._index) for value in found]
+    cells = places[0][0]
+    if len(found) == 1 or any(other is not cells for other, _ in places):
+        return lambda: [cells[index] for cells, index in places]
+    return partial(itemgetter(*[index for _, index in places]), cells)
 
 
 class _Replaced(values.MutexValue):

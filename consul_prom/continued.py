@@ -289,17 +289,15 @@ class _Bound:
 
     def leave(self, *, stays: bool, locked: bool = True) -> None:
         """The metric is as before, but for its values; whether what they counted *stays* in a ledger."""
-        children = [self.metric]
-        if self.family.labelnames:
-            with self.lock if locked else nullcontext():
+        with self.lock if locked else nullcontext():
+            for child in list(self.metric._metrics.values()) if self.family.labelnames else [self.metric]:
+                for value in plain(child):
+                    if isinstance(value, CellValue):
+                        value.leave(stays=stays, locked=locked)
+            if self.family.labelnames:  # last: who reads cells knows by this that they are others
                 self.metric._metrics = dict(self.metric._metrics)
-                children = list(self.metric._metrics.values())
-            for name in _REMOVERS:
-                vars(self.metric).pop(name, None)
-        for child in children:
-            for value in plain(child):
-                if isinstance(value, CellValue):
-                    value.leave(stays=stays, locked=locked)
+        for name in _REMOVERS if self.family.labelnames else ():
+            vars(self.metric).pop(name, None)
 
     def born(self, labels: Labels, child: Any, *, newborn: bool) -> None:
         """Nothing that goes wrong here reaches the application."""

@@ -6,10 +6,12 @@ to the library.
 """
 
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, compress, count
-from operator import is_not
+from operator import ne
 from typing import Any, ClassVar, Final
 
 from prometheus_client import Counter, Enum, Gauge, Histogram, Summary, metrics, values
@@ -17,19 +19,21 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from consul_prom.cells import CellValue
+from consul_prom.cells import CellValue, reader
 from consul_prom.source import Only, Source
 
 Encode = Callable[[Collector], bytes]
-Read = Callable[[Sequence[Any]], list[float]]
+Read = Callable[[], Sequence[float]]
+Reader = Callable[[Sequence[Any]], Read]
 
 BLOCK: Final = 512  # numbers that are looked at in one go: a third of a millisecond where all have changed
-READERS: Final[Mapping[type, Read]] = {
+READERS: Final[Mapping[type, Reader]] = {
     # An attribute is read in one step, so no value's lock is needed.
-    values.MutexValue: lambda found: [value._value for value in found],
-    CellValue: lambda found: [value.get() for value in found],
+    values.MutexValue: lambda found: lambda: [value._value for value in found],
+    CellValue: lambda found: lambda: [value.get() for value in found],
 }
-TOTALS: Final[Mapping[type, Read]] = {**READERS, CellValue: lambda found: [value.total() for value in found]}
+TOTALS: Final[Mapping[type, Reader]] = {**READERS, CellValue: lambda found: lambda: [value.total() for value in found]}
+CELLS: Final[Mapping[type, Reader]] = {**READERS, CellValue: reader}
 _in_go: Final[Callable[[float], str]] = floatToGoString
 _CREATED: Final = 0.25  # what stands for a time of creation in a form; numbers are 0.5, 1.5, ...
 _GAP: Final = "\n"  # for a number, in a form
@@ -62,11 +66,14 @@ class Family:
     """What a collector of one of the library's classes, and of no subclass, has on the page."""
 
     has_created: ClassVar[bool] = True
-    differs: ClassVar[Any] = is_not  # what is the same object has the same text
+    has_exemplars: ClassVar[bool] = True
+    differs: ClassVar[Any] = ne  # sums are never -0.0, so that equal ones have the same text
 
     def __init__(self, collector: Any, encode: Encode, *, source: Source, shows_exemplars: bool) -> None:
-        self.readers = TOTALS if source.totals else READERS
-        self.shows_exemplars = shows_exemplars
+        self.staying: Any = collector._lock if collector._labelnames else nullcontext()
+        # Labelled series move under this lock, and get another dictionary then; others may move at any time.
+        self.readers = (CELLS if collector._labelnames else TOTALS) if source.totals else READERS
+        self.shows_exemplars = shows_exemplars and self.has_exemplars
         self.sections: list[_Section] = []
         self._collector = collector
         self._encode = encode
@@ -180,7 +187,7 @@ class Family:
         """The objects that hold their numbers, as many for each; those that may have exemplars come first."""
         raise NotImplementedError
 
-    def numbers(self, children: Sequence[Any], read: list[float]) -> list[float]:  # noqa: ARG002
+    def numbers(self, children: Sequence[Any], read: Sequence[float]) -> Sequence[float]:  # noqa: ARG002
         """What the page shows where *read* is what their values hold."""
         return read
 
@@ -195,8 +202,9 @@ class _Block:
         self._children = children
         self._created = self._read_created(children)
         self._values = family.values(children)
-        self._read = _reader(self._values, family.readers)
-        self._numbers: list[Any] = [None] * (len(children) * len(family.suffixes()))
+        with family.staying:
+            self._read = _reader(self._values, family.readers)
+        self._numbers: Any = [None] * (len(children) * len(family.suffixes()))
         columns = self._columns()
         self._sections = [_fill(section.form, columns) for section in family.sections]
         self._numbered = max(self._sections, key=len)
@@ -215,12 +223,14 @@ class _Block:
     def write(self) -> Iterator[bytes]:
         """The lines of all series, for each section."""
         family = self._family
-        numbers = family.numbers(self._children, self._read(self._values))
+        texts: dict[bytes, bytes] = {}
+        numbers = family.numbers(self._children, self._read())
         for place in compress(count(), map(family.differs, numbers, self._numbers)):
-            self._numbered[2 * place + 1] = f"{_text(numbers[place])}\n".encode()
+            text = f"{_text(numbers[place])}\n".encode()
+            self._numbered[2 * place + 1] = texts.setdefault(text, text)  # many are equal
         if family.shows_exemplars:
             self._add_exemplars(numbers)
-        self._numbers = numbers
+        self._numbers = array("d", numbers) if family.differs is ne else numbers
         return map(b"".join, self._sections)
 
     def _columns(self) -> list[Sequence[str]]:
@@ -231,7 +241,7 @@ class _Block:
         created = [_time(when) for when in self._created]
         return [*columns, created or [""] * len(self._children)]
 
-    def _add_exemplars(self, numbers: list[float]) -> None:
+    def _add_exemplars(self, numbers: Sequence[float]) -> None:
         exemplars = [value._exemplar for value in self._values]
         if exemplars.count(None) == len(exemplars):
             return
@@ -252,13 +262,13 @@ def _fill(form: str, columns: Sequence[Sequence[str]]) -> list[bytes]:
     return lines
 
 
-def _reader(found: Sequence[Any], readers: Mapping[type, Read]) -> Read:
+def _reader(found: Sequence[Any], readers: Mapping[type, Reader]) -> Read:
     """How to read *found*; a KeyError where we do not know their class."""
     kinds = set(map(type, found)) or {values.MutexValue}
     if len(kinds) == 1:
-        return readers[kinds.pop()]
-    each = [readers[type(value)] for value in found]
-    return lambda found: [number for read, value in zip(each, found, strict=True) for number in read([value])]
+        return readers[kinds.pop()](found)
+    each = [readers[type(value)]([value]) for value in found]
+    return lambda: [number for read in each for number in read()]
 
 
 def _check(collector: Any) -> None:

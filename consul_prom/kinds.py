@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
-from operator import ne
+from operator import is_not
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Summary, values
@@ -26,7 +26,8 @@ class _Counters(Family):
 
 
 class _Gauges(_Counters):
-    has_created = False
+    has_created = has_exemplars = False
+    differs = is_not  # what is the same object has the same text
 
     def suffixes(self) -> Sequence[str]:
         return ("",)
@@ -34,7 +35,7 @@ class _Gauges(_Counters):
     def fits(self, children: Sequence[Any]) -> bool:
         return set(map(type, children)) == {Gauge}  # each may get a function at any time
 
-    def numbers(self, children: Sequence[Any], read: list[float]) -> list[float]:
+    def numbers(self, children: Sequence[Any], read: Sequence[float]) -> Sequence[float]:
         plain = METHODS[Gauge, "_child_samples"]
         functions = [child._child_samples.__func__ for child in children]
         if functions.count(plain) == len(functions):
@@ -46,6 +47,8 @@ class _Gauges(_Counters):
 
 
 class _Summaries(Family):
+    has_exemplars = False
+
     def suffixes(self) -> Sequence[str]:
         return ("_count", "_sum")
 
@@ -54,8 +57,6 @@ class _Summaries(Family):
 
 
 class _Histograms(Family):
-    differs = ne  # sums of buckets are made anew
-
     def parts(self) -> Sequence[object]:
         return tuple(self._collector._upper_bounds)
 
@@ -70,7 +71,7 @@ class _Histograms(Family):
     def values(self, children: Sequence[Any]) -> list[Any]:
         return [value for child in children for value in (*child._buckets, child._sum)]
 
-    def numbers(self, children: Sequence[Any], read: list[float]) -> list[float]:  # noqa: ARG002
+    def numbers(self, children: Sequence[Any], read: Sequence[float]) -> Sequence[float]:  # noqa: ARG002
         numbers: list[float] = []
         buckets, has_sum = len(self._collector._upper_bounds), self._collector._upper_bounds[0] >= 0
         for start in range(0, len(read), buckets + 1):
@@ -82,7 +83,7 @@ class _Histograms(Family):
 
 
 class _Enums(Family):
-    has_created = False
+    has_created = has_exemplars = False
 
     def parts(self) -> Sequence[object]:
         return tuple(self._collector._states)
@@ -97,7 +98,7 @@ class _Enums(Family):
     def values(self, children: Sequence[Any]) -> list[Any]:  # noqa: ARG002
         return []
 
-    def numbers(self, children: Sequence[Any], read: list[float]) -> list[float]:  # noqa: ARG002
+    def numbers(self, children: Sequence[Any], read: Sequence[float]) -> Sequence[float]:  # noqa: ARG002
         states = range(len(self._collector._states))
         return [1.0 if state == child._value else 0.0 for child in children for state in states]
 

@@ -309,8 +309,9 @@ class Generations(Application):
 
 TestAnything = Application.TestCase
 TestGenerations = Generations.TestCase
-for tests in (TestAnything, TestGenerations):
-    tests.settings = settings(max_examples=int(os.environ.get("EXAMPLES", "100")), stateful_step_count=30)
+TestAnything.settings = TestGenerations.settings = settings(
+    max_examples=int(os.environ.get("EXAMPLES", "100")), stateful_step_count=30
+)
 
 
 class TestChanges:
@@ -336,6 +337,16 @@ class TestChanges:
         _same(registry, renderer)
         counter.labels("a").inc()
         assert b'reqs_total{view="a"} 1.0\n' in _same(registry, renderer)
+
+    def test_no_number(self, registry: CollectorRegistry) -> None:
+        """NaN is not equal to itself, and may be the same object at each scrape."""
+        gauge = Gauge("g", "-", registry=registry)
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        renderer = Renderer(registry)
+        for _ in range(3):
+            gauge.set(math.nan)
+            counter.labels("1").inc(math.nan)
+            assert _same(registry, renderer).count(b" NaN\n") == 2
 
     @pytest.mark.parametrize("labels", [(), ("x",)])
     def test_sign_of_zero(self, registry: CollectorRegistry, labels: tuple[str, ...]) -> None:
@@ -470,6 +481,20 @@ class TestLeftToTheLibrary:
         vars(counter)["collect"] = list
         assert b"reqs" not in _same(registry, renderer)
 
+    def test_series_that_fails_midway(self, registry: CollectorRegistry) -> None:
+        """Where the last of many series is not as it should be, no line of those before it is there twice."""
+        gauge = Gauge("g", "-", ["x"], registry=registry)
+        for number in range(3 * family.BLOCK):
+            gauge.labels(number).set(number)
+        renderer = Renderer(registry)
+        for odd in (True, False, True):
+            gauge._value = gauge.labels(number)._value
+            if odd:
+                gauge.labels(number)._value = types.SimpleNamespace(get=lambda: 42.0, get_exemplar=lambda: None)
+            assert _same(registry, renderer).count(b'g{x="0"} ') == 1
+            gauge.labels(number)._value = gauge._value
+            gauge.labels(number + 1 + odd).set(1)
+
     def test_class_that_was_changed(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """A class of the library may be changed between two scrapes."""
         Summary("size", "-", registry=registry)
@@ -573,6 +598,7 @@ class TestContinued:
         renderer = Renderer(continued)
         counter.labels("1").inc(3)
         monkeypatch.setattr(Ledger, "bear", Mock(side_effect=LedgerError("it is full")))
+        monkeypatch.setattr(exposition, "_by_library", None)
         for label in "23":
             counter.labels(label).inc(4)
             _same(continued, renderer)

@@ -3,23 +3,28 @@
     python -m tests.bench.exposition [rounds] [series]
 
 Mixed series: two fifths counters, three tenths gauges, the rest histograms' lines, of which the median and the spread
-are shown. Memory is what the kept page takes, in pages.
+are shown; with their values in memory, and in a ledger. Memory is what the kept page takes, in pages.
 """
 
+import gc
 import random
 import statistics
 import sys
+import tempfile
 import time
 import tracemalloc
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.openmetrics.exposition import generate_latest
 
+from consul_prom.continued import ContinuedRegistry
 from consul_prom.exposition import Renderer
+from consul_prom.ledger import Ledger
 
 ACCEPT = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8"
 LINES = 17  # of a histogram of the default buckets
@@ -30,35 +35,63 @@ library = partial(generate_latest, escaping="allow-utf-8")
 
 def main(rounds: int, series: int) -> None:
     """Print the table."""
-    registry, uses = fill(series)
-    tracemalloc.start()
-    renderer = Renderer(registry)
-    size = len(write(renderer))
-    kept = tracemalloc.get_traced_memory()[0] / size
-    tracemalloc.stop()
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for name, changed, source in (
-            ("generate_latest", 0, library),
-            ("first scrape", 0, lambda _: write(Renderer(registry))),
-            ("all changed", len(uses), lambda _: write(renderer)),
-            ("10 % changed", len(uses) // 10, lambda _: write(renderer)),
-            ("none changed", 0, lambda _: write(renderer)),
-        ):
-            for use in random.sample(uses, changed):
-                use()
-            found.setdefault(name, []).append(_seconds(partial(source, registry)))
-        if write(renderer) != library(registry):
-            raise SystemExit("the pages differ")
-    print(f"{series} series, {size} bytes; what is kept takes {kept:.2f} pages")
-    for name, times in found.items():
-        ratios = [each / ours for each, ours in zip(found["generate_latest"], times, strict=True)]
-        print(f"{name:16}{_spread([1000 * each for each in times], 'ms')}{_spread(ratios, 'x')}")
-    page = write(renderer)
+    with tempfile.TemporaryDirectory() as directory:
+        registries = [fill(series), fill(series)]
+        ledger = Ledger.take_over(Path(directory, "shop.0.ledger"), boot="b", instance="web-1:0")
+        sources = [
+            Side("", registries[0][0], registries[0][1]),
+            Side("ledger: ", ContinuedRegistry(registries[1][0], ledger), registries[1][1]),
+        ]
+        measure(sources, rounds)
+        page = write(Renderer(sources[0].source))
     for level in (1, 2, 4, 6, 9):
         times = [_seconds(partial(zlib.compress, page, level, wbits=31)) for _ in range(rounds)]
         share = 100 * len(zlib.compress(page, level, wbits=31)) / len(page)
-        print(f"gzip, level {level}   {_spread([1000 * each for each in times], 'ms')}   {share:8.1f} %")
+        print(f"gzip, level {level}           {_spread([1000 * each for each in times], 'ms')}   {share:8.1f} %")
+
+
+class Side(NamedTuple):
+    """One way to count: what its rows are called, where pages come from, and for each series what changes it."""
+
+    name: str
+    source: CollectorRegistry | ContinuedRegistry
+    uses: list[Callable[[], Any]]
+
+
+def measure(sides: list[Side], rounds: int) -> None:
+    """Print what each kind of page takes, and how often `generate_latest` of the plain registry takes that."""
+    found: dict[str, list[float]] = {}
+    renderers = {side.name: kept(side) for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            renderer = renderers[side.name]
+            for name, changed, source in (
+                ("generate_latest", 0, library),
+                ("first scrape", 0, lambda source: write(Renderer(source))),
+                ("all changed", len(side.uses), lambda _, renderer=renderer: write(renderer)),
+                ("10 % changed", len(side.uses) // 10, lambda _, renderer=renderer: write(renderer)),
+                ("none changed", 0, lambda _, renderer=renderer: write(renderer)),
+            ):
+                for use in random.sample(side.uses, changed):
+                    use()
+                found.setdefault(side.name + name, []).append(_seconds(partial(source, side.source)))
+            if write(renderer) != library(side.source):
+                raise SystemExit("the pages differ")
+    for name, times in found.items():
+        ratios = [each / ours for each, ours in zip(found["generate_latest"], times, strict=True)]
+        print(f"{name:24}{_spread([1000 * each for each in times], 'ms')}{_spread(ratios, 'x')}")
+
+
+def kept(side: Side) -> Renderer:
+    """A renderer that has written a page; print what it keeps of it."""
+    tracemalloc.start()
+    renderer = Renderer(side.source)
+    size = len(write(renderer))
+    gc.collect()
+    pages = tracemalloc.get_traced_memory()[0] / size
+    print(f"{side.name}{len(side.uses)} series, {size} bytes; what is kept takes {pages:.2f} pages")
+    tracemalloc.stop()
+    return renderer
 
 
 def fill(series: int) -> tuple[CollectorRegistry, list[Callable[[], Any]]]:
