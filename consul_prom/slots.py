@@ -53,8 +53,9 @@ class Slot:
         return bool(note and note.wanted)
 
     def abandon(self) -> None:
-        """Note that the slot may have an entry, and that nobody is behind it."""
-        _note(self.lock, f"0 {process_identity(os.getpid())}")
+        """Note that the slot may have an entry, where its agent is, and that nobody is behind it."""
+        hosts = self.note.hosts if self.note else ()
+        _note(self.lock, " ".join(("0", str(process_identity(os.getpid())), *hosts)))
 
     @property
     def note(self) -> "Note | None":

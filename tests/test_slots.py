@@ -350,6 +350,9 @@ class TestAdopted:
         path.write_text(f"0{words.removeprefix(str(os.getpid()))}")
         assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
         slot.abandon()
+        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
+        slot.settle()
+        slot.abandon()
         assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ())]
 
 

@@ -509,8 +509,10 @@ class TestAgentTrouble:
         assert "consul_prom_registered 0.0" in wait_until(lambda: page(worker), within=10, what="a page")
         worker.stop()
 
-    def test_stop_while_it_hangs(self, agent: DevAgent, make: Make, caplog: pytest.LogCaptureFixture) -> None:
-        """An agent that hangs keeps the stop for STOP_TIMEOUT, and one line says what is left over."""
+    def test_stop_while_it_hangs(
+        self, agent: DevAgent, make: Make, directory: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An agent that hangs keeps the stop for STOP_TIMEOUT, one line says what is left over, and it can be swept."""
         worker = make(stop_timeout=0.3)
         worker.start()
         registered(worker)
@@ -520,6 +522,7 @@ class TestAgentTrouble:
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) == 1
         assert warnings[0].startswith("shop.web-1.0 may still be registered: the agent did not answer within ")
+        assert slots.abandoned(directory, "shop") == [0], "though the process lives"
         agent.fault = None
 
     def test_stop_while_we_hang(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
