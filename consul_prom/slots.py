@@ -236,11 +236,13 @@ def _try_patiently(directory: Path, service: str, number: int, *, noted_by: floa
 
 
 def _ask_for(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, f" {_WANTED}".encode())
-    finally:
-        os.close(descriptor)
+    """A full disk, or a directory wiped meanwhile, costs no more than this slot: a newborn waits, and takes the next."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, f" {_WANTED}".encode())
+        finally:
+            os.close(descriptor)
 
 
 def _note(lock: FileLock, text: str) -> None:
