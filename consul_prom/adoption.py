@@ -111,8 +111,16 @@ class Adoption:
             vacate(path, state, NEVER)
             return
         vacate(path, state, since)
+        page, before = last_page(contents), slot.note
         slot.adopt()  # before there may be an entry
-        guest = await self._serve(slot, last_page(contents), state.port)
+        try:
+            guest = await self._serve(slot, page, state.port)
+        except BaseException:
+            if before:  # somebody's who is dead, and our note would hide it
+                slot.abandon()
+            else:
+                slot.settle()
+            raise
         log.info("%s:%d has no worker: its last page is served for %.0f s", self._host, slot.number, ends_at - now)
         self._adopted[slot.number] = asyncio.create_task(self._keep(slot, guest, path, state, ends_at))
 

@@ -146,13 +146,19 @@ class Caretaker:
             if slot := self._try(partial(slots.try_caretaker, self._directory, self._service)):
                 try:
                     while slot.intact:
-                        await self._tend(slot)
-                        if self._adoption:
-                            await self._adoption.turn()  # first: what is adopted need not be swept away
-                        await self.sweep()
+                        await self._round(slot)
                         await self._rest()
                 finally:
                     await self._leave(slot)
+
+    async def _round(self, slot: slots.Slot) -> None:
+        try:
+            await self._tend(slot)
+            if self._adoption:
+                await self._adoption.turn()  # first: what is adopted need not be swept away
+            await self.sweep()
+        except OSError:  # no descriptor to read the directory with, say
+            log.debug("a round in %s came to nothing", self._directory, exc_info=True)
 
     async def _rest(self) -> None:
         """Until the next round; where slots are adopted, until the directory tells that somebody came or went."""

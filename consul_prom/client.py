@@ -311,7 +311,10 @@ class _Resolver(AbstractResolver):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, found, failure)
 
-        threading.Thread(target=look_up, name="consul-prom-resolver", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name="consul-prom-resolver", daemon=True).start()
+        except RuntimeError as error:  # the system gives no thread: it may in a moment
+            raise OSError(errno.EAGAIN, str(error)) from error
         found = await answer
         self.last = tuple(str(address[0]) for _, _, _, _, address in found)
         return [

@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
 from consul_prom.errors import LedgerError
-from consul_prom.ledger import CREATED, VALUES, Contents, Family, Labels, Ledger
+from consul_prom.ledger import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
 
 log = logging.getLogger(__name__)
 
@@ -361,11 +361,18 @@ class _Children(dict[Labels, Any]):
 
 
 def last_page(contents: Contents) -> CollectorRegistry:
-    """A registry that shows what a ledger held when it was read."""
+    """A registry that shows what a ledger held when it was read.
+
+    Of families whose names clash, that of the last process is shown, as on its own page.
+    """
     registry = CollectorRegistry()
     metrics: dict[Family, Any] = {}
-    for series in contents.series:
+    taken: set[str] = set()
+    for series in sorted(contents.series, key=lambda one: one.used != IN_USE):
         if series.family not in metrics:
+            if not taken.isdisjoint(_names(series.family)):
+                continue
+            taken.update(_names(series.family))
             metrics[series.family] = _metric(series.family, registry)
         metric = metrics[series.family]
         cells: Any = array("d", (series.created, *(0.0 for _ in series.values)))

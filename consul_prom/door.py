@@ -71,7 +71,7 @@ class Door:
         self._timer: asyncio.TimerHandle | None = None
         self._refused_at: float | None = None
         self.turned_away = ""
-        """Who was, last, and why; as a sentence."""
+        """Who was, last, and why; as a sentence, which whoever needs it no more may clear."""
 
     def open(self, listener: socket.socket) -> None:
         """Accept from now on; the running loop keeps the *listener* in sight, as a fork needs it."""

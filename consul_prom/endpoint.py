@@ -61,7 +61,7 @@ class Endpoint:
 
     @property
     def turned_away(self) -> str:
-        """Who did not come in, last, and why, as a sentence; or ""."""
+        """Who did not come in since the last scrape, and why, as a sentence; or ""."""
         return self._without_password or self._door.turned_away
 
     async def _handle(self, request: BaseRequest) -> StreamResponse:
@@ -78,6 +78,7 @@ class Endpoint:
         if request.method not in {"GET", "HEAD"}:
             return Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD", **headers})
         if request.path == "/metrics":
+            self._without_password = self._door.turned_away = ""
             return await self.scrapes.answer(request, headers)
         if request.path == _HEALTHY:
             return Response(text="healthy\n", headers=headers)

@@ -39,7 +39,7 @@ RETRY: Final = 60.0
 LONGEST_GAP: Final = 300.0
 """Seconds after which Prometheus takes a series for gone: nobody scrapes more seldom, so nobody was there meanwhile."""
 
-MAGIC: Final = b"consul-prom ledger 1\n\0\0\0"
+MAGIC: Final = b"consul-prom ledger 2\n\0\0\0"
 _HEAD, _FAMILY, _SERIES = range(3)
 _START: Final = struct.Struct("=II")  # size, checksum of what follows up to the cells
 _SUMMED: Final = struct.Struct("=HHI")  # kind, number of cells, length of the payload, which is padded to 8
@@ -359,8 +359,11 @@ def _continued(path: Path, head: dict[str, Any]) -> list[Series]:
         contents = read(path)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except OSError as error:
         log.warning("%s is not continued, counters start anew: %s", path, _reason(error))
+        return []
+    except (ValueError, LookupError, TypeError):
+        log.warning("%s is not continued, counters start anew: it holds a record that we do not write", path)
         return []
     if contents is None:
         log.warning("%s is not continued, counters start anew: it is not ours, or another version's", path)

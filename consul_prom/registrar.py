@@ -401,8 +401,11 @@ class Tenancy:
         self.left = True
 
     def left_over(self, error: Exception) -> None:
+        """Say so, and leave the entry to the sweep, for which a process that lives on would be alive."""
+        self.slot.abandon()
         why = str(error) or "the agent did not answer within CONSUL_PROM_STOP_TIMEOUT"
-        log.warning("%s may still be registered: %s; `consul-prom deregister` removes it", self.entry_id, why)
+        gone = self.entry_id
+        log.warning("%s may still be registered: %s; `consul-prom deregister --id %s` removes it", gone, why, gone)
 
 
 def backoff(clock: Callable[[], float], random: Callable[[], float]) -> Iterator[float]:

@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from prometheus_client import CollectorRegistry
 
@@ -38,9 +39,11 @@ class Site:
 
     def listen(self, slot: int, *, before: int = 0) -> socket.socket:
         """On a port for *slot*: on the one *before* where any will do, since scrapers know it."""
-        ports = self._settings.port.candidates(slot)
-        tried = [before, *ports] if before and ports == [0] else ports
-        return listen(self._settings.bind or self._address, tried)
+        ports, address = self._settings.port.candidates(slot), self._settings.bind or self._address
+        if before and ports == [0]:
+            with suppress(EndpointError):  # taken, or below 1024 and set by one who had the right
+                return listen(address, [before])
+        return listen(address, ports)
 
     def url(self, listener: socket.socket) -> str:
         return f"{origin(self._address, _port(listener), scheme=self._scheme)}/metrics"

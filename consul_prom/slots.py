@@ -53,8 +53,9 @@ class Slot:
         return bool(note and note.wanted)
 
     def abandon(self) -> None:
-        """Note that the slot may have an entry, and that nobody is behind it."""
-        _note(self.lock, f"0 {process_identity(os.getpid())}")
+        """Note that the slot may have an entry, where its agent is, and that nobody is behind it."""
+        hosts = self.note.hosts if self.note else ()
+        _note(self.lock, " ".join(("0", str(process_identity(os.getpid())), *hosts)))
 
     @property
     def note(self) -> "Note | None":
@@ -235,11 +236,13 @@ def _try_patiently(directory: Path, service: str, number: int, *, noted_by: floa
 
 
 def _ask_for(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.write(descriptor, f" {_WANTED}".encode())
-    finally:
-        os.close(descriptor)
+    """A full disk, or a directory wiped meanwhile, costs no more than this slot: a newborn waits, and takes the next."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, f" {_WANTED}".encode())
+        finally:
+            os.close(descriptor)
 
 
 def _note(lock: FileLock, text: str) -> None:

@@ -126,7 +126,7 @@ class WebConfig:
         while self._checking:
             await asyncio.wait({self._checking})
         loop = asyncio.get_running_loop()
-        self._checking = answer = loop.create_future()
+        answer = loop.create_future()
 
         def settle(found: bool) -> None:  # noqa: FBT001  # a value, not a switch
             self._checking = None
@@ -138,6 +138,7 @@ class WebConfig:
                 loop.call_soon_threadsafe(settle, found)
 
         threading.Thread(target=check, name="consul-prom-bcrypt", daemon=True).start()
+        self._checking = answer  # not before: where the system gives no thread, nobody would end it
         return await asyncio.shield(answer)
 
     def _refresh(self) -> None:

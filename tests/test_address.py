@@ -15,6 +15,8 @@ import pytest
 from consul_prom import address as module
 from consul_prom.address import find_address, is_local, listen, route_address
 from consul_prom.errors import AgentDenied, AgentTimeout, AgentUnreachable, EndpointError
+from consul_prom.site import Site
+from tests.conftest import MakeSettings
 
 FOREIGN = "203.0.113.7"  # RFC 5737: no host has it
 DEADLINE = 10.0
@@ -250,3 +252,24 @@ def _answering(*answers: Exception | dict[str, Any]) -> Callable[[], Awaitable[d
         return answer
 
     return ask
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EADDRINUSE])
+def test_port_of_before(settings: MakeSettings, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Where any port will do, one that was served before and cannot be had any more keeps nobody from another."""
+    bind = socket.socket.bind
+
+    def refuse(server: socket.socket, address: tuple[str, int]) -> None:
+        if address[1] == 80:
+            raise OSError(number, os.strerror(number))
+        bind(server, address)
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    site = Site(settings(port="0"))
+    site.settle("127.0.0.1")
+    with site.listen(0, before=80) as listener:
+        assert listener.getsockname()[1] not in {0, 80}
+    with site.listen(0) as listener:
+        before = listener.getsockname()[1]
+    with site.listen(0, before=before) as listener:
+        assert listener.getsockname()[1] == before

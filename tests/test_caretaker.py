@@ -1,6 +1,7 @@
 """What proves a death, and the sweep that removes the entries of the dead and of nobody else."""
 
 import asyncio
+import errno
 import os
 import shutil
 import signal
@@ -466,6 +467,22 @@ class TestCaretaker:
         ]
         assert workers.entries(again.pid) == ["shop.web-1.0"]
         await client.aclose()
+
+    async def test_no_descriptors(self, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A directory that cannot be read costs a round, and not the caretaker."""
+        inn = Inn(FakeAgent({}), slot_directory)
+        await inn.round()
+        looks: list[str] = []
+
+        def refuse(*_arguments: object) -> list[int]:
+            looks.append("")
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr(slots, "abandoned", refuse)
+        await inn.round()
+        await inn.round()
+        assert len(looks) == 2
+        await inn.end()
 
     async def test_other_directory(self, agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
         """An entry that names another directory is not touched, however free our lock is; nor is a foreign one."""

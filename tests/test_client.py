@@ -152,6 +152,21 @@ async def test_entry_in_the_last_moments(agent: DevAgent, client: AgentClient, m
         await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
 
 
+async def test_no_thread_for_a_name(agent: DevAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system gives no thread to look a name up, the agent is unreachable for as long as that lasts."""
+    client = AgentClient(settings(f"http://localhost:{agent.port}"))
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as full:
+        full.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(AgentUnreachable, match="can't start new thread"):
+            await client.services('Service == "x"')
+    assert await client.services('Service == "x"') == {}
+    await client.aclose()
+
+
 async def test_unknown_host() -> None:
     """A name that does not exist is unreachable, and the message names the setting."""
     client = AgentClient(settings("http://no-such-host.invalid:8500"))

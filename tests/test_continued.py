@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from consul_prom import cells
 from consul_prom.cells import CellValue, check_library
-from consul_prom.continued import ContinuedRegistry, watch
+from consul_prom.continued import ContinuedRegistry, last_page, watch
 from consul_prom.errors import LedgerError
 from consul_prom.ledger import Family, Ledger, read
 
@@ -683,6 +683,22 @@ class TestTrouble:
         contents = read(path)
         assert contents
         assert {series.labels for series in contents.series} == {("/",), ()}
+
+
+def test_names_that_clash(path: Path) -> None:
+    """Of two families that cannot be on one page, the last process' is on the last page, whichever came first."""
+    before = CollectorRegistry()
+    ContinuedRegistry(before, first := Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
+    Summary("req", "-", registry=before).observe(2)
+    Counter("other", "-", registry=before).inc()
+    first.close()
+    after = CollectorRegistry()
+    ContinuedRegistry(after, second := Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
+    Counter("req_sum", "-", registry=after).inc(3)
+    second.close()
+    contents = read(path)
+    assert contents
+    assert flat(last_page(contents)) == {"req_sum_total": 3, "other_total": 1}
 
 
 def _strange(value: Any, *_: object) -> None:

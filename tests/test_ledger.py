@@ -93,14 +93,24 @@ class TestTakeOver:
             f"{path} is not continued, counters start anew: it is of another boot or host name"
         ]
 
-    def test_other_version(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("version", [b"1", b"9"])
+    def test_other_version(self, path: Path, version: bytes, caplog: pytest.LogCaptureFixture) -> None:
         """Nor is one of another version, in one sentence."""
         count(take_over(path), HITS, "/")
         with path.open("r+b") as file:
-            file.write(ledger.MAGIC.replace(b"ledger 1", b"ledger 9"))
+            file.write(b"consul-prom ledger " + version)
         assert not any(take_over(path).inherited.values())
         assert [record.message for record in caplog.records] == [
             f"{path} is not continued, counters start anew: it is not ours, or another version's"
+        ]
+
+    @pytest.mark.parametrize("payload", [b"{}", b"{", b'{"labelnames": 1}'])
+    def test_other_records(self, path: Path, payload: bytes, caplog: pytest.LogCaptureFixture) -> None:
+        """Nor one whose records are whole and not such as ours: the sentence is ours, too."""
+        take_over(path)._write(ledger._record(ledger._FAMILY, payload))
+        assert not any(take_over(path).inherited.values())
+        assert [record.message for record in caplog.records] == [
+            f"{path} is not continued, counters start anew: it holds a record that we do not write"
         ]
 
     def test_other_user(self, path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -315,6 +315,19 @@ class TestAdopted:
         assert slots.acquire(slot_directory, "shop").number == 1
         assert slot.wanted
 
+    def test_cannot_be_asked_for(
+        self, slot: slots.Slot, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor does a disk that is too full for the wish keep anybody from the next."""
+
+        def refuse(_descriptor: int, _text: bytes) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as full:
+            full.setattr(os, "write", refuse)
+            newborn = slots.acquire(slot_directory, "shop")
+        assert (newborn.number, slot.wanted) == (1, False)
+
     def test_changes(self, slot: slots.Slot, slot_directory: Path) -> None:
         """Whoever comes, goes or is adopted changes something; a look changes nothing, nor do others."""
 
@@ -349,6 +362,9 @@ class TestAdopted:
         words = path.read_text().replace("adopted", "adopted 10.0.0.1 wanted")
         path.write_text(f"0{words.removeprefix(str(os.getpid()))}")
         assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
+        slot.abandon()
+        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
+        slot.settle()
         slot.abandon()
         assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ())]
 

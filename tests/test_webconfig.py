@@ -273,6 +273,19 @@ class TestPasswords:
         assert not await config.permits(basic("they", "hunter2"))
         assert seen == [HASH]
 
+    async def test_no_thread(self, config: WebConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the system gives no thread for a check, the next one has another chance."""
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as full:
+            full.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError):
+                await config.permits(basic("me", "hunter2"))
+        async with asyncio.timeout(10):
+            assert await config.permits(basic("me", "hunter2"))
+
     async def test_one_at_a_time(self, config: WebConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         """Who guesses keeps one thread busy, however many they are, also when they hang up; the loop goes on."""
         gate, running, most = threading.Event(), 0, 0

@@ -30,6 +30,7 @@ from consul_prom.address import route_address
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import EndpointError, SettingsError
 from consul_prom.worker import Worker
+from tests.services.program import own_address
 from tests.services.waiting import wait_until
 
 Make = Callable[..., Worker]
@@ -509,8 +510,10 @@ class TestAgentTrouble:
         assert "consul_prom_registered 0.0" in wait_until(lambda: page(worker), within=10, what="a page")
         worker.stop()
 
-    def test_stop_while_it_hangs(self, agent: DevAgent, make: Make, caplog: pytest.LogCaptureFixture) -> None:
-        """An agent that hangs keeps the stop for STOP_TIMEOUT, and one line says what is left over."""
+    def test_stop_while_it_hangs(
+        self, agent: DevAgent, make: Make, directory: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """An agent that hangs keeps the stop for STOP_TIMEOUT, one line says what is left over, and it can be swept."""
         worker = make(stop_timeout=0.3)
         worker.start()
         registered(worker)
@@ -520,6 +523,7 @@ class TestAgentTrouble:
         warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
         assert len(warnings) == 1
         assert warnings[0].startswith("shop.web-1.0 may still be registered: the agent did not answer within ")
+        assert slots.abandoned(directory, "shop") == [0], "though the process lives"
         agent.fault = None
 
     def test_stop_while_we_hang(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
@@ -694,8 +698,10 @@ class TestFork:
         registered(worker)
         page(worker)
         assert worker._life
-        ours, descriptors = _sockets_of(worker), worker._life.thread.descriptors()
-        assert len(ours) >= 4, "a listener, a connection to the agent, the loop's own pair"
+        thread = worker._life.thread
+        wait_until(lambda: len(thread.descriptors()) == 5, within=10, what="the end of what is being closed")
+        ours, descriptors = _sockets_of(worker), thread.descriptors()
+        assert len(ours) == 4, "a listener, a connection to the agent, the loop's own pair"
 
         def look() -> None:
             links = {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
@@ -705,25 +711,27 @@ class TestFork:
         assert self.fork(look) == 0
         assert "consul_prom_registered 1.0" in page(worker)
 
-    def test_port(self, agent: DevAgent, make: Make) -> None:
+    def test_port(self, make: Make) -> None:
         """A child that outlives the worker keeps neither its port nor its slot."""
-        reader, writer = os.pipe()
-        worker = make(address="127.0.0.1")
+        ours, theirs = socket.socketpair()
+        settings = {"address": own_address(), "port": 9100}  # an ephemeral one may be somebody's in between
+        worker = make(**settings)
         worker.start()
         registered(worker)
-        port = agent.state.services["shop.web-1.0"].port
         child = os.fork()
         if not child:
-            os.close(writer)
-            os.read(reader, 1)  # until the parent lets it end
+            ours.close()
+            theirs.send(b"!")
+            theirs.recv(1)  # until the parent lets it end
             os._exit(0)
-        os.close(reader)
+        theirs.close()
+        ours.recv(1)  # on a busy machine it may not have run yet, and has the port until it does
         worker.stop()
-        again = make(address="127.0.0.1", port=port)
+        again = make(**settings)
         again.start()
         assert again.slot == 0
-        assert again.url == f"http://127.0.0.1:{port}/metrics"
-        os.close(writer)
+        assert again.url == f"http://{settings['address']}:9100/metrics"
+        ours.close()
         os.waitpid(child, 0)
 
     def test_right_after_the_start(self, make: Make) -> None:
