@@ -579,7 +579,7 @@ class TestContinued:
             _same(continued, pages)
             series.inc(1, {"trace": f"b{number}"})
             series.inc(1, {"trace": f"c{number}"})
-            assert f" {4.0 + 2 * number} # ".encode() in _same(continued, pages)
+            assert f" {4.0 + 3 * number} # ".encode() in _same(continued, pages)
             _same(registry, renderer)
             registry.unregister(counter)
             _same(continued, pages)
@@ -587,16 +587,17 @@ class TestContinued:
             series.inc(0, {"trace": f"d{number}"})
             assert f'd{number}"'.encode() in _same(continued, pages)
             continued.close()
-            series.inc(0, {"trace": f"e{number}"})
+            series.inc(1, {"trace": f"e{number}"})
             _same(continued, pages)
             _same(registry, renderer)
 
     def test_ledger_is_full(self, registry: CollectorRegistry, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A family of which some series live in the ledger and others in memory, and are reset."""
+        """A family of which some series live in the ledger and others in memory, in cells of their own or in none."""
         continued = self._continue(registry, path)
         counter = Counter("reqs", "-", ["x"], registry=registry)
         renderer = Renderer(continued)
         counter.labels("1").inc(3)
+        counter.labels("0").inc(2)
         monkeypatch.setattr(Ledger, "bear", Mock(side_effect=LedgerError("it is full")))
         monkeypatch.setattr(exposition, "_by_library", None)
         for label in "23":
@@ -607,6 +608,13 @@ class TestContinued:
             _same(continued, renderer)
             counter.labels(label).reset()
             assert f'reqs_total{{x="{label}"}} 0.0\n'.encode() in _same(continued, renderer)
+        for label in "23":
+            counter.remove(label)
+        registry.unregister(counter)  # what was in the ledger leaves it
+        registry.register(counter)
+        for label in "10":
+            counter.labels(label).inc()
+            _same(continued, renderer)
 
     def test_inherited_in_their_order(self, registry: CollectorRegistry, path: Path) -> None:
         """Those that the process used come first; those that it did not, last in their family, until it does."""
