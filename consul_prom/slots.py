@@ -236,7 +236,7 @@ def _try_patiently(directory: Path, service: str, number: int, *, noted_by: floa
 
 
 def _ask_for(path: Path) -> None:
-    """A full disk, or a directory wiped meanwhile, costs no more than this slot: a newborn waits, and takes the next."""
+    """A full disk, or a directory that was wiped, costs no more than this slot: a newborn waits, and takes the next."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

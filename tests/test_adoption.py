@@ -322,7 +322,7 @@ async def test_refused(caretaker: Caretaker, slot_directory: Path, caplog: pytes
 
 @pytest.mark.parametrize("note", ["", "0 a.b.c", "0 a.b.c 10.0.0.1"])
 async def test_refused_beside_an_entry(caretaker: Caretaker, slot_directory: Path, note: str) -> None:
-    """An entry that its dead worker left is the sweep's where it cannot be served; where there is none, nobody looks."""
+    """An entry that a dead worker left is the sweep's where it cannot be served; where there is none, nobody looks."""
     number = lived(slot_directory, 5)
     slots.path_of(slot_directory, "shop", number).write_text(note, encoding="ascii")
     caretaker.refusal = EndpointError("port 9100 is taken")

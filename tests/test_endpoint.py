@@ -441,16 +441,20 @@ class TestWebConfig:
     def test_is_remembered_until_a_scrape(self, guarded: Served) -> None:
         """Who had no password, or was turned away, is no cause any more of what comes after a scrape."""
         right = {"Authorization": "Basic bWU6aHVudGVyMg=="}
+
+        def turned_away() -> str:
+            return guarded.endpoint.turned_away
+
         guarded.ask()
         guarded.ask("/", **right)
-        assert "came without a password" in guarded.endpoint.turned_away
+        assert "came without a password" in turned_away()
         guarded.ask(**right)
-        assert not guarded.endpoint.turned_away
+        assert not turned_away()
         guarded.endpoint._door.turned_away = "192.0.2.1 was turned away"
         guarded.ask(HEALTH_PATH)
-        assert guarded.endpoint.turned_away
+        assert turned_away()
         guarded.ask(**right)
-        assert not guarded.endpoint.turned_away
+        assert not turned_away()
 
     def test_agent(self, guarded: Served) -> None:
         """The agent's check, which has no password, is answered."""

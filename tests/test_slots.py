@@ -315,9 +315,7 @@ class TestAdopted:
         assert slots.acquire(slot_directory, "shop").number == 1
         assert slot.wanted
 
-    def test_cannot_be_asked_for(
-        self, slot: slots.Slot, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_cannot_be_asked_for(self, slot: slots.Slot, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Nor does a disk that is too full for the wish keep anybody from the next."""
 
         def refuse(_descriptor: int, _text: bytes) -> int:
