@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 SIZE: Final = 64 * 2**20
 """Of the mapping, once for all; the file is sparse."""
 STEP: Final = 64 * 2**10
+LARGE: Final = 4 * STEP
 KEEP: Final = 24 * 3600.0
 """Seconds that a series which no process uses stays: long enough for rare ones to be seen by ``increase()``."""
 MOST_UNUSED: Final = 10_000
@@ -302,6 +303,14 @@ def read(path: Path) -> Contents | None:
             return _parse(data) if data[: len(MAGIC)] == MAGIC else None
     finally:
         os.close(descriptor)
+
+
+def is_large(path: Path) -> bool:
+    """Whether continuing the ledger at *path* takes longer than a start may: from some 2,000 series on."""
+    try:
+        return 512 * path.stat().st_blocks > LARGE
+    except OSError:
+        return False
 
 
 def peek(path: Path) -> State | None:

@@ -22,7 +22,7 @@ from consul_prom.continued import ContinuedRegistry
 from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError
 from consul_prom.guest import Guest
-from consul_prom.ledger import Ledger, discard, ledger_path
+from consul_prom.ledger import Ledger, discard, is_large, ledger_path
 from consul_prom.linger import Signals, await_scrape
 from consul_prom.ownmetrics import OwnMetrics
 from consul_prom.registrar import Tenancy
@@ -75,7 +75,11 @@ class Life:
         self._metrics.show(lambda: self.tenancy.registered)
         self._first_slot = slot
         self._ledger: Ledger | None = None
-        self._continued = self._continue()
+        self._continued: ContinuedRegistry | None = None
+        self._ledger_path = ledger_path(slot.directory, settings.service, slot.number)
+        self._later = is_large(self._ledger_path)
+        if not self._later:
+            self._continue()
 
     @classmethod
     def shared(cls, settings: Settings, registry: CollectorRegistry) -> "Life":
@@ -98,22 +102,20 @@ class Life:
         """In a child: our metrics, copied with all of the parent, make room for the child's own."""
         self._metrics.close()
 
-    def _continue(self) -> ContinuedRegistry | None:
-        """The registry with the counters of the slot's workers before us; None where its values stay in memory."""
-        slot, settings = self.tenancy.slot, self.settings
-        path = ledger_path(slot.directory, settings.service, slot.number)
+    def _continue(self) -> None:
+        """Count on from where the slot's workers before us were, unless values stay in memory."""
+        slot = self.tenancy.slot
         try:
-            if settings.ledger and slot.boot:
-                ledger = Ledger.take_over(path, boot=slot.boot, instance=self.tenancy.instance)
-                continued = ContinuedRegistry(self._registry, ledger)
+            if self.settings.ledger and slot.boot:
+                ledger = Ledger.take_over(self._ledger_path, boot=slot.boot, instance=self.tenancy.instance)
+                self._continued = ContinuedRegistry(self._registry, ledger)
                 self._ledger = ledger
-                return continued
+                return
         except LedgerError as error:
             log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
         except Exception:
             log.exception("the counters of %s live in memory: an error not expected", self.tenancy.instance)
-        discard(path)  # or a later worker would continue it from below what we show
-        return None
+        discard(self._ledger_path)  # or a later worker would continue it from below what we show
 
     @property
     def mine(self) -> bool:
@@ -200,8 +202,6 @@ class Life:
         before = self._ledger.port if self._ledger else 0
         self._listener = self._site.listen(self.tenancy.slot.number, before=before)
         self.url = self._site.url(self._listener)
-        if self._ledger:
-            self._ledger.port = self._listener.getsockname()[1]
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -209,11 +209,15 @@ class Life:
         try:
             with FORKING:  # a child forked in the middle of an import could never import the same
                 self._client = AgentClient(self.settings)
+                if self._later:
+                    self._continue()
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
             registry = self._continued or self._registry
             self._endpoint = self._site.endpoint(registry, about=self._about, on_scrape=self._scraped)
             assert self._listener  # noqa: S101  # `listen` has set it or raised
+            if self._ledger:
+                self._ledger.port = self._listener.getsockname()[1]
             await self._endpoint.serve(self._listener)
             self._caring = asyncio.create_task(self._take_care(self._client))
             vigil = asyncio.create_task(self._vigil(self._endpoint))

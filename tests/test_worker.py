@@ -29,6 +29,7 @@ from consul_prom import slots
 from consul_prom.address import route_address
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import EndpointError, SettingsError
+from consul_prom.ledger import Ledger
 from consul_prom.worker import Worker
 from tests.services.program import own_address
 from tests.services.waiting import wait_until
@@ -853,6 +854,29 @@ class TestLedger:
         assert 'hits_total{route="/late"} 3.0' in shown
         assert "consul_prom_scrapes_total 2.0" in shown
         assert more.labels("/late")._value.get() == 1
+
+    @pytest.mark.parametrize(("series", "where"), [(10, "MainThread"), (4000, "consul-prom")])
+    def test_large(self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, series: int, where: str) -> None:
+        """A large ledger is read in our thread, before the first scrape is answered, so that no start waits for it."""
+        worker = make(address="127.0.0.1")
+        worker.start()
+        for number in range(series):
+            hits.labels(f"/{number}").inc()
+        worker.stop()
+        threads = []
+        take_over = Ledger.take_over
+
+        def noted(*arguments: Any, **options: Any) -> Ledger:
+            threads.append(threading.current_thread().name)
+            return take_over(*arguments, **options)
+
+        monkeypatch.setattr(Ledger, "take_over", noted)
+        again, more = self.next_worker(make)
+        more.labels("/1").inc()
+        shown = page(again)
+        assert threads == [where]
+        assert shown.count("hits_total{") == series
+        assert 'hits_total{route="/1"} 2.0' in shown
 
     def test_port(self, make: Make) -> None:
         """It serves on the port that scrapers know, where that is free, and where any port will do."""
