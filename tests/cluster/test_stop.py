@@ -110,7 +110,7 @@ def test_killed_agent(cluster: Cluster, workers: list[Worker], caplog: pytest.Lo
     """With the agent killed a stop is in time, and what each worker says is left over, the command removes."""
     cluster.agent.kill()
     assert max(stop(workers)) < STOP_TIMEOUT + SLACK
-    left = [text for text in said(caplog) if text.endswith("`consul-prom deregister` removes it")]
+    left = [text for text in said(caplog) if text.endswith("` removes it")]
     assert len(left) == 3
     cluster.agent.start()
     assert len(entries(cluster)) == 3
