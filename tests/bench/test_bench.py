@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.bench import exposition, footprint, growth, hotpath, port, rest, scale, start, stop, targets
+from tests.bench import exposition, footprint, growth, hotpath, pauses, port, rest, scale, start, stop, targets
 from tests.bench.headtohead import __main__ as contest
 from tests.bench.headtohead.plan import QUICK, Cell
 from tests.bench.headtohead.system import EAGER
@@ -129,3 +129,10 @@ def test_growth(capsys: pytest.CaptureFixture[str]) -> None:
         ("1", "3"),
         ("10", "30"),
     ]
+
+
+def test_pauses(capsys: pytest.CaptureFixture[str]) -> None:
+    """The bench of pauses prints a row a way."""
+    pauses.main(1, 0.3, 100)
+    rows = re.findall(r"^(.{16})(?: +[0-9.]+ \([^)]+\)){3}$", capsys.readouterr().out, re.MULTILINE)
+    assert [row.strip() for row in rows] == list(pauses.WAYS)
