@@ -187,6 +187,8 @@ def test_statsd(agent: DevAgent, tmp_path: Path) -> None:
             "tests.e2e.wsgi_app:app", workers=1, worker_class="sync", settings=settings, options=options
         ) as shop:
             shop.call("/fail")
+            # The worker sends what it tells of a request after the answer.
+            wait_until(lambda: "gunicorn.request.status.500" in receive(), within=30, what="the request's status")
             os.kill(min(shop.workers()), signal.SIGKILL)
             left = set(re.findall(r"`(gunicorn\.[\w.]+)` \|", TEXT))
             assert len(left) >= 5
