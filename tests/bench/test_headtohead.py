@@ -1,11 +1,12 @@
 """The contest's table is fair, and loud about who was not there."""
 
+import subprocess
 from collections.abc import Iterator
 
 import pytest
 
 from tests.bench.headtohead.contender import Unavailable, load
-from tests.bench.headtohead.measure import Figures, guarded
+from tests.bench.headtohead.measure import Figures, guarded, reason
 from tests.bench.headtohead.plan import CONTENDERS
 from tests.bench.headtohead.programs import program
 from tests.bench.headtohead.report import Results, markdown, verdict
@@ -24,6 +25,7 @@ AT_MOST = "requests a second at most: 4 workers"
         ("one inc", [0.0], [2.0], "**first**"),
         ("one inc", [2.0], [0.0], "behind, 2.00 to 0"),
         ("one inc", [0.0], [0.0], "equal"),
+        ("more on disk", [-0.01], [0.0], "equal"),
         (AT_MOST, [100.0], [300.0], "behind, 3.0 x multiprocess mode"),
         (AT_MOST, [300.0], [100.0], "**first**, by 3.0 x"),
         ("series in Prometheus", [300.0], [100.0], ""),
@@ -110,3 +112,10 @@ def test_contenders() -> None:
     contenders = [load(name) for name in CONTENDERS]
     assert len({contender.title for contender in contenders}) == len(CONTENDERS)
     assert all(contender.how for contender in contenders)
+
+
+def test_reason() -> None:
+    """A program that took too long is named without the machine's path to it."""
+    assert reason(subprocess.TimeoutExpired(["/somewhere/hey", "-n"], 120)) == "failed: hey took more than 120 s"
+    assert reason(ValueError("so\nit is")) == "failed: so"
+    assert reason(ValueError()) == "failed: ValueError"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from http.client import HTTPException
 from itertools import pairwise
+from pathlib import Path
 from typing import Final
 
 from tests.bench.headtohead.contender import Unavailable
@@ -194,5 +195,8 @@ def guarded(measurements: Iterator[Figures]) -> tuple[Figures, str]:
 
 def reason(error: Exception) -> str:
     """In one line why something was not measured."""
-    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if isinstance(error, subprocess.TimeoutExpired):  # whose text has the whole command, paths of this machine too
+        first = f"{Path(error.cmd[0]).name} took more than {error.timeout:.0f} s"
+    else:
+        first = next(iter(str(error).splitlines()), "") or type(error).__name__
     return f"{'not run' if isinstance(error, Unavailable) else 'failed'}: {first}"

@@ -193,7 +193,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def _gain(ours: float, theirs: float, *, more: bool) -> float:
     """How many times as good we are."""
-    if short(ours) == short(theirs):
+    if short(ours) == short(theirs) or (not more and ours <= theirs <= 0):
         return 1.0
     above, below = (ours, theirs) if more else (theirs, ours)
     return above / below if below else math.inf
