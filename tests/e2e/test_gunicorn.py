@@ -6,6 +6,7 @@ import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,10 @@ def settled(consul: Consul, *shops: Gunicorn) -> bool:
         and set(pids.values()) == alive
         and f"shop.{HOST}.master" in found
     )
+
+
+def replaced(consul: Consul, shop: Gunicorn, killed: int) -> bool:
+    return killed not in shop.workers() and settled(consul, shop)
 
 
 def page(consul: Consul, slot: str) -> str:
@@ -201,6 +206,18 @@ def test_installed_first(consul: Consul, name: str) -> None:
         shop.stop()
         assert not entries(consul)
         assert f"last line of gunicorn.conf.py: {name} was replaced by it" in shop.log.read_text()
+
+
+@pytest.mark.parametrize("options", [(), ("--preload",)], ids=["each", "preloaded"])
+def test_counted_at_import(consul: Consul, options: tuple[str, ...]) -> None:
+    """What is counted at an import is counted for each that a worker does, and not for its master's."""
+    with server(consul, *MODELS["sync"], *options) as shop:
+        wait_until(lambda: settled(consul, shop), within=DEADLINE, what="the entries")
+        for generation in (1, 2):
+            assert f"imports_total {0.0 if options else generation}" in page(consul, "0")
+            killed = workers_of(entries(consul))[f"shop.{HOST}.0"]
+            os.kill(killed, signal.SIGKILL)
+            wait_until(partial(replaced, consul, shop, killed), within=DEADLINE, what="the next worker's entry")
 
 
 def test_no_service(consul: Consul) -> None:
