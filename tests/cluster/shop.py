@@ -45,9 +45,10 @@ class Shop(Gunicorn):
         return dict(found)
 
     def settled(self) -> bool:
-        """Whether the agent's entries are those of the live workers, one each."""
+        """Whether the agent's entries are those of the live workers, one each, besides the last pages of others."""
         try:
-            pids = [int(entry["Meta"]["pid"]) for entry in self.entries().values()]
+            found = self.entries().values()
+            pids = [int(entry["Meta"]["pid"]) for entry in found if "adopted" not in entry["Meta"]]
         except (OSError, http.client.HTTPException):
             return False
         return len(pids) == len(set(pids)) and set(pids) == self.workers()
