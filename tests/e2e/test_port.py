@@ -170,6 +170,7 @@ def test_hooks(consul: Consul, certificates: Certificates, tmp_path: Path) -> No
             wait_until(
                 lambda: prometheus.query_value("gunicorn_workers") == 1, within=60, what="a scrape of the master's"
             )
+        wait_until(lambda: all(check["Output"] for check in checks(consul)), within=60, what="the agent's checks")
         for check in checks(consul):
             assert check["Status"] == "passing"
             assert "HTTP GET https://127.0.0.1:" in check["Output"]
