@@ -62,21 +62,6 @@ class TestSignals:
         signals.close()
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == (theirs, other)
 
-    def test_first_signal(self) -> None:
-        """A process that ends of itself hears the first one."""
-        heard: list[int] = []
-        before = signal.signal(signal.SIGTERM, lambda number, _frame: heard.append(number))
-        try:
-
-            def told(_when: float) -> bool:
-                signal.raise_signal(signal.SIGTERM)
-                return True
-
-            await_scrape(told, goes_on=lambda: True, timeout=60, told=False)
-            assert heard == [signal.SIGTERM]
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
     def test_other_thread(self) -> None:
         """In another thread nothing is done."""
         before, signals = signal.getsignal(signal.SIGINT), Signals()

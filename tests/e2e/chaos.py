@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -29,6 +29,19 @@ BEFORE, AFTER = 3.0, 0.5
 STOP_TIMEOUT longer while the agent hangs, the others when it ends."""
 
 
+@contextmanager
+def meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """*work* goes on in a thread, until its event is set."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over,))
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 @dataclass
 class Clients:
     """A client that asks all the time; `failures` are (time, error)."""
@@ -37,16 +50,8 @@ class Clients:
     failures: list[tuple[float, str]] = field(default_factory=list)
     asked: int = 0
 
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        over = threading.Event()
-        thread = threading.Thread(target=self._ask, args=(over,))
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    def asking(self) -> AbstractContextManager[None]:
+        return meanwhile(self._ask)
 
     def _ask(self, over: threading.Event) -> None:
         while not over.wait(PACE):
@@ -64,16 +69,8 @@ class Ends:
     shop: Gunicorn
     at: list[float] = field(default_factory=list)
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        over = threading.Event()
-        thread = threading.Thread(target=self._note, args=(over,))
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    def noted(self) -> AbstractContextManager[None]:
+        return meanwhile(self._note)
 
     def _note(self, over: threading.Event) -> None:
         before = self.shop.workers()
