@@ -6,7 +6,6 @@ their ledgers; and were they to vanish at once, a plain sum over all workers wou
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from consul_prom.errors import ConsulPromError
 from consul_prom.guest import Guest
 from consul_prom.ledger import NEVER, State, ledger_path, peek, read, vacate
 from consul_prom.slots import Slot
+from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ BOOTING: Final = 10.0
 GLANCE: Final = 0.02
 GAPS: Final = 3
 LONGEST: Final = 600.0
-REPEAT_LOG: Final = 600.0
 
 Serve = Callable[[Slot, CollectorRegistry, int], Awaitable[Guest]]
 
@@ -65,7 +64,7 @@ class Adoption:
         self._clock = clock
         self._vacant: dict[int, float] = {}
         self._adopted: dict[int, asyncio.Task[None]] = {}
-        self._refused_at = -math.inf
+        self._log = SparingLog(log)
         self._over = False
 
     async def turn(self) -> None:
@@ -86,17 +85,14 @@ class Adoption:
 
     async def _try_adopt(self, number: int) -> None:
         try:
-            if lock := slots.try_lock(self._directory, self._service, number):
-                slot = Slot(number, self._directory, slots.directory_id(self._directory) or "", lock)
+            if slot := slots.try_slot(self._directory, self._service, number):
                 try:
                     await self._adopt(slot)
                 finally:
                     if number not in self._adopted:
                         slot.release()
         except (ConsulPromError, OSError, ValueError, LookupError, TypeError) as error:
-            if time.monotonic() - self._refused_at > REPEAT_LOG:
-                log.warning("what slot %d counted at last is not served (CONSUL_PROM_RETAIN): %s", number, error)
-                self._refused_at = time.monotonic()
+            self._log.failed("what slot %d counted at last is not served (CONSUL_PROM_RETAIN): %s", number, error)
 
     async def _adopt(self, slot: Slot) -> None:
         path = ledger_path(self._directory, self._service, slot.number)
@@ -121,6 +117,7 @@ class Adoption:
             else:
                 slot.settle()
             raise
+        self._log.over("what slots counted at last is served again")
         log.info("%s:%d has no worker: its last page is served for %.0f s", self._host, slot.number, ends_at - now)
         self._adopted[slot.number] = asyncio.create_task(self._keep(slot, guest, path, state, ends_at))
 

@@ -7,21 +7,19 @@ gone, or another one under the same pid. Any doubt is no proof. https://man7.org
 
 import asyncio
 import logging
-import math
 import os
 import stat
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol, TypeVar
+from typing import Any, Final, Literal, Protocol
 
 from consul_prom import slots
 from consul_prom.errors import AgentDenied, AgentError, AgentTimeout, AgentUnreachable, ConsulPromError
 from consul_prom.registration import MARKER, entry_id, is_of, is_ours, parse_entry_id
 from consul_prom.snippets import write_rule
+from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
@@ -29,10 +27,8 @@ Entry = Mapping[str, Any]
 State = Literal["dead", "alive", "unknown"]
 Action = Literal["removed", "would remove", "gone", "kept", "refused", "failed"]
 
-L = TypeVar("L")
 ROUND: Final = 1.0
 GLANCES: Final = 8
-REPEAT_LOG: Final = 600.0
 _OURS: Final = f'Meta.managed_by == "{MARKER["managed_by"]}"'
 
 
@@ -136,14 +132,14 @@ class Caretaker:
         self._adoption = adoption
         self._patience = patience
         self._guest: GuestLike | None = None
-        self._refused_at = -math.inf
+        self._log = SparingLog(log)
         self._sleep = sleep
 
     async def run(self) -> None:
         """For ever; the lock that makes it the one that works goes with the process, or when this is cancelled."""
         while True:
             await self._sleep(ROUND)
-            if slot := self._try(partial(slots.try_caretaker, self._directory, self._service)):
+            if slot := self._try(slots.MASTER):
                 try:
                     while slot.intact:
                         await self._round(slot)
@@ -172,14 +168,14 @@ class Caretaker:
     async def sweep(self) -> None:
         """Look at each slot whose process seems to be gone, once: what is settled is noted in its lock file."""
         for number in slots.abandoned(self._directory, self._service):
-            if lock := self._try(partial(slots.try_lock, self._directory, self._service, number)):
+            if slot := self._try(number):
                 try:
                     await self._bury(entry_id(self._service, self._host, number))
-                    slots.forget(lock)
+                    slot.settle()
                 except AgentError:
                     log.debug("slot %d is looked at again", number, exc_info=True)
                 finally:
-                    lock.release(force=True)
+                    slot.release()
 
     async def _bury(self, dead: str) -> None:
         entry = await self._agent.service(dead)
@@ -195,9 +191,9 @@ class Caretaker:
             try:
                 self._guest = await self._receive(slot)
             except ConsulPromError as error:
-                if time.monotonic() - self._refused_at > REPEAT_LOG:
-                    log.warning("the page of Gunicorn's master is not served: %s", error)
-                    self._refused_at = time.monotonic()
+                self._log.failed("the page of Gunicorn's master is not served: %s", error)
+            else:
+                self._log.over("the page of Gunicorn's master is served")
         elif self._guest and not alive:
             await self._dismiss(slot)
         elif not self._guest and slot.note:  # of a caretaker that is dead
@@ -220,9 +216,9 @@ class Caretaker:
             if clean:
                 slot.settle()
 
-    def _try(self, lock: Callable[[], L | None]) -> L | None:
+    def _try(self, number: int) -> slots.Slot | None:
         try:
-            return lock()
+            return slots.try_slot(self._directory, self._service, number)
         except OSError:
             log.debug("a lock in %s cannot be had", self._directory, exc_info=True)
             return None
@@ -299,14 +295,14 @@ def _by_lock(meta: Mapping[str, str], service: str, slot: int, locks: ExitStack)
             return Verdict("unknown", "its directory is none of slots")
         if slots.directory_id(directory) != identity:
             return Verdict("unknown", "its directory was replaced, or may not be read")
-        lock = slots.try_lock(directory, service, slot)
+        held = slots.try_slot(directory, service, slot)
     except FileNotFoundError:
         return Verdict("unknown", "its directory or its lock file is gone")
     except (OSError, ValueError, NotImplementedError) as error:
         return Verdict("unknown", f"its lock cannot be tried ({getattr(error, 'strerror', None) or error})")
-    if lock is None:
+    if held is None:
         return Verdict("alive", "a live process holds the lock of its slot")
-    locks.callback(lock.release)
+    locks.callback(held.release)
     return Verdict("dead", "the lock of its slot is free")
 
 

@@ -10,7 +10,6 @@ A renderer of its own needs, instead of `ContinuedRegistry.collect`: `collectors
 import logging
 import os
 import threading
-import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
@@ -23,10 +22,10 @@ from prometheus_client.registry import Collector
 from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
 from consul_prom.errors import LedgerError
 from consul_prom.ledger import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
+from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
-REPEAT_LOG: Final = 600.0
 _KINDS: Final[dict[str, Any]] = {"counter": Counter, "summary": Summary, "histogram": Histogram}
 _SUFFIXES: Final = {
     "counter": ("_total", "_created"),
@@ -55,7 +54,7 @@ class ContinuedRegistry:
         self._bound: dict[Collector, _Bound] = {}
         self._shadows: dict[Family, Any] = {}
         self._untold: tuple[str, Exception | None] | None = None
-        self._told_at: float | None = None
+        self._log = SparingLog(log)
         self._register, self._unregister = registry.register, registry.unregister
         _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
@@ -242,11 +241,9 @@ class ContinuedRegistry:
     def tell(self) -> None:
         """Log what births have noted, outside of all locks."""
         untold, self._untold = self._untold, None
-        now = time.monotonic()
-        if untold and (self._told_at is None or now - self._told_at > REPEAT_LOG):
-            self._told_at = now
+        if untold:
             sentence, error = untold
-            log.warning(sentence, exc_info=error)
+            self._log.failed(sentence, exc_info=error)
 
 
 class _Restricted:

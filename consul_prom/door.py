@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
+from consul_prom.sparing import SparingLog
+
 log = logging.getLogger(__name__)
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -28,7 +30,6 @@ AT_ONCE: Final = PLACES // 8
 """Connections that one turn of the loop takes: several, since a turn waits long for an application that computes, and
 few, since in a crowd whoever has come stays for eight turns, and a request takes three to be read."""
 LOOK: Final = 1.0
-REPEAT_LOG: Final = 600.0
 
 
 class _Visitor:
@@ -69,7 +70,7 @@ class Door:
         self._visitors: list[_Visitor] = []  # who was heard last is the last
         self._entering: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._refused_at: float | None = None
+        self._log = SparingLog(log)
         self.turned_away = ""
         """Who was, last, and why; as a sentence, which whoever needs it no more may clear."""
 
@@ -164,9 +165,6 @@ class Door:
         address = ipaddress.ip_address(peer.partition("%")[0])
         if not self._allow or peer == ours or address.is_loopback or any(address in net for net in self._allow):
             return True
-        now = time.monotonic()
         self.turned_away = f"{peer} was turned away: it is in none of the networks of CONSUL_PROM_ALLOW"
-        if self._refused_at is None or now - self._refused_at > REPEAT_LOG:
-            log.warning(self.turned_away)
-            self._refused_at = now
+        self._log.failed(self.turned_away)
         return False

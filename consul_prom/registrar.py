@@ -30,6 +30,7 @@ from consul_prom.registration import Registration, check_difference, difference,
 from consul_prom.settings import Settings
 from consul_prom.slots import Slot, acquire
 from consul_prom.snippets import write_rule
+from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,7 @@ CHECKS: Final = 60.0
 LOOK: Final = 0.5
 RETRY: Final = 0.1
 UNWATCHED: Final = 3600.0
-REPEAT_LOG: Final = 600.0
 UNASKED: Final = "has not asked the agent yet"
-MOST_LINES: Final = 10
-MOST_FAILURES: Final = 8
 MOST_REPAIRS: Final = 5
 
 
@@ -98,7 +96,7 @@ class Registrar:
         self._random = random
         self._on_registration = on_registration
         self._on_failure = on_failure
-        self._diet = _Diet(clock)
+        self._log = SparingLog(log, clock=clock)
         self._repairs: deque[float] = deque(maxlen=MOST_REPAIRS)
         self._missed = 0
         self._watch_from = -math.inf
@@ -155,9 +153,8 @@ class Registrar:
                 await self._respect(existing.document)  # another directory's worker was a moment later
             self._on_registration(reason)
             self._repairs.append(self._clock())
-            level = logging.INFO if self._diet.room() else logging.DEBUG
             place = self._wanted.address, self._wanted.port
-            log.log(level, "registered %s at %s:%d%s", self._wanted.id, *place, words)
+            self._log.tell("registered %s at %s:%d%s", self._wanted.id, *place, words)
         self._succeeded()
         return existing
 
@@ -293,8 +290,7 @@ class Registrar:
         return len(self._repairs) == MOST_REPAIRS and now - self._repairs[0] < TURN
 
     def _succeeded(self) -> None:
-        if self._diet.over():
-            log.info("%s is registered again", self._wanted.id)
+        self._log.over("%s is registered again", self._wanted.id)
         self._ever = self.registered = True
         self.trouble = ""
 
@@ -302,10 +298,9 @@ class Registrar:
         self.registered = False
         self.trouble = str(error)
         self._on_failure(error.reason)
-        if self._diet.due(error.reason):
-            denied = isinstance(error, AgentDenied) and not isinstance(error, TokenUnreadable)
-            hint = f"; the token needs the rule: {write_rule(self._wanted.name)}" if denied else ""
-            log.warning("%s is not registered: %s%s", self._wanted.id, error, hint)
+        denied = isinstance(error, AgentDenied) and not isinstance(error, TokenUnreadable)
+        hint = f"; the token needs the rule: {write_rule(self._wanted.name)}" if denied else ""
+        self._log.failed("%s is not registered: %s%s", self._wanted.id, error, hint, reason=error.reason)
 
 
 def _fails(checks: Sequence[Mapping[str, Any]]) -> bool:
@@ -416,37 +411,3 @@ def backoff(clock: Callable[[], float], random: Callable[[], float]) -> Iterator
         cap = 2.0 if clock() - begun < 60 else 15.0
         delay = min(delay * 2, cap)
         yield delay * (0.5 + random() / 2)
-
-
-class _Diet:
-    """What to log: a failure at once if it is new and each ten minutes while it lasts, at most ten lines an hour."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._said: dict[str, float] = {}
-        self._lines: deque[float] = deque()
-        self._pending = False
-
-    def due(self, reason: str) -> bool:
-        now = self._clock()
-        if now - self._said.get(reason, -math.inf) < REPEAT_LOG or not self.room(MOST_FAILURES):
-            return False
-        self._said[reason] = now
-        self._pending = True
-        return True
-
-    def over(self) -> bool:
-        """Whether a failure that was logged has ended."""
-        was, self._pending = self._pending, False
-        self._said.clear()
-        return was and self.room()
-
-    def room(self, most: int = MOST_LINES) -> bool:
-        """Whether there is room for a line, which is then taken."""
-        now = self._clock()
-        while self._lines and now - self._lines[0] >= 3600:
-            self._lines.popleft()
-        if len(self._lines) >= most:
-            return False
-        self._lines.append(now)
-        return True

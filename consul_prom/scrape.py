@@ -11,11 +11,11 @@ from typing import Final
 
 from aiohttp.web import BaseRequest, StreamResponse
 
+from consul_prom.sparing import SparingLog
 from consul_prom.thread import FORKING
 
 log = logging.getLogger(__name__)
 
-REPEAT_LOG: Final = 600.0
 SLICE: Final = 0.001
 CHUNK: Final = 65_536
 READING: Final = 30.0
@@ -39,7 +39,7 @@ class Scrapes:
         self._writing: dict[tuple[object, ...], asyncio.Task[_Page]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._read: list[_Page] = []
-        self._broken_at: float | None = None
+        self._log = SparingLog(log)
         self._scrapers: dict[asyncio.Transport, float] = {}  # when the last page that each got was begun
         self._sent = 0.0  # when the last page that anybody got was
         self.last: float | None = None
@@ -98,9 +98,7 @@ class Scrapes:
                 if time.perf_counter() - begun > SLICE:
                     await asyncio.sleep(SLICE)
                     begun = time.perf_counter()
-        if self._broken_at is not None:
-            log.info("the metrics can be rendered again")
-        self._broken_at = None
+        self._log.over("the metrics can be rendered again")
         return self._keep(_Page(HTTPStatus.OK, headers, b"".join(written), begun=begun_at))
 
     def _keep(self, page: "_Page") -> "_Page":
@@ -112,11 +110,9 @@ class Scrapes:
         return page
 
     def _failed(self, error: BaseException) -> "_Page":
-        now = time.monotonic()
-        if self._broken_at is None or now - self._broken_at > REPEAT_LOG:
-            log.warning("the metrics cannot be rendered; a collector raised", exc_info=error)
-            self._broken_at = now
-        text = f"a collector raised {type(error).__name__}\n"
+        kind = type(error).__name__
+        self._log.failed("the metrics cannot be rendered; a collector raised", reason=kind, exc_info=error)
+        text = f"a collector raised {kind}\n"
         return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
 
     def _note(self, connection: asyncio.Transport | None, begun: float) -> None:

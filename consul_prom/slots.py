@@ -83,7 +83,7 @@ class Slot:
         return (process_identity(os.getpid()) or "").partition(".")[0]
 
     def settle(self) -> None:
-        """Note that the slot has no entry any more, so that nobody need look for one when our process is gone."""
+        """Note that the slot has no entry any more, so that nobody need look for one when its process is gone."""
         _note(self.lock, "")
 
     def release(self) -> None:
@@ -122,15 +122,13 @@ def path_of(directory: Path, service: str, number: int) -> Path:
     return directory / f"{service}.{place(number)}.lock"
 
 
-def try_lock(directory: Path, service: str, number: int) -> FileLock | None:
-    """The lock of a slot, or None where a live process holds it."""
-    return _try(path_of(directory, service, number))
+def try_slot(directory: Path, service: str, number: int) -> Slot | None:
+    """A slot whose worker is gone, or None where a live process holds it. What its file says stays as it is.
 
-
-def try_caretaker(directory: Path, service: str) -> Slot | None:
-    """The slot that makes one worker of *service* and *directory* the caretaker, or None where another is that."""
-    lock = try_lock(directory, service, MASTER)
-    return Slot(MASTER, directory, directory_id(directory) or "", lock) if lock else None
+    That of number MASTER makes one worker of *service* and *directory* the caretaker.
+    """
+    lock = _try(path_of(directory, service, number))
+    return Slot(number, directory, directory_id(directory) or "", lock) if lock else None
 
 
 @contextmanager
@@ -203,11 +201,6 @@ def abandoned(directory: Path, service: str) -> list[int]:
     return sorted(it.number for it in remains(directory, service) if it.number != MASTER)
 
 
-def forget(lock: FileLock) -> None:
-    """Note that an abandoned slot, whose *lock* we hold, has no entry any more."""
-    _note(lock, "")
-
-
 def _try(path: Path) -> FileLock | None:
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))  # filelock would make it, for all
@@ -225,7 +218,7 @@ def _try_patiently(directory: Path, service: str, number: int, *, noted_by: floa
     Until *noted_by* one that says nothing of its holder may be such a slot too.
     """
     path, ends_at = path_of(directory, service, number), time.monotonic() + PATIENCE
-    while (lock := try_lock(directory, service, number)) is None:
+    while (lock := _try(path)) is None:
         note, now = _read(path), time.monotonic()
         if now > ends_at or (note.lives if note else now > noted_by):
             return None

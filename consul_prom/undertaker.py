@@ -66,15 +66,15 @@ class Undertaker:
         """Those whose lock cannot be had."""
         held = []
         for remains in dead:
-            lock = None
+            slot = None
             with suppress(OSError):
-                lock = slots.try_lock(self._settings.dir, remains.service, remains.number)
-            if lock:
+                slot = slots.try_slot(self._settings.dir, remains.service, remains.number)
+            if slot:
                 try:
                     if self._deregister(remains):
-                        slots.forget(lock)
+                        slot.settle()
                 finally:
-                    lock.release(force=True)
+                    slot.release()
             else:
                 held.append(remains)
         return held

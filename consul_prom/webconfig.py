@@ -13,17 +13,16 @@ import re
 import secrets
 import ssl
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from consul_prom.errors import EndpointError
+from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
-REPEAT_LOG: Final = 600.0
 _HASH: Final = re.compile(r"\$2[abxy]?\$(0[4-9]|[12][0-9]|3[01])\$[./A-Za-z0-9]{53}")
 _VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
 _CLIENTS: Final = {
@@ -80,8 +79,7 @@ class WebConfig:
         """
         self._path = Path(path).absolute()
         self._content = _read(self._path)
-        self._refused: Mapping[Path, object] = {}
-        self._said_at: float | None = None
+        self._log = SparingLog(log)
         self._key = secrets.token_bytes(32)
         self._right: set[bytes] = set()
         self._checking: asyncio.Future[bool] | None = None
@@ -144,18 +142,14 @@ class WebConfig:
     def _refresh(self) -> None:
         """Take up what has changed; what cannot be taken up is one WARNING, and all stays as it was."""
         versions = {file: _version(file) for file in self._content.versions}
-        if versions == self._content.versions:
-            self._recovered()
-        elif versions != self._refused or self._due():
+        if versions != self._content.versions:
             try:
-                content = self._read_again()
+                self._content = self._read_again()
             except EndpointError as error:
-                self._refused, self._said_at = versions, time.monotonic()
-                log.warning("the web configuration stays as it was: %s", error)
-            else:
-                self._content = content
-                self._recovered()
-                log.info("the web configuration was read again")
+                self._log.failed("the web configuration stays as it was: %s", error, reason=tuple(versions.values()))
+                return
+            log.info("the web configuration was read again")
+        self._log.over("the web configuration is right again")
 
     def _read_again(self) -> _Content:
         content = _read(self._path)
@@ -166,14 +160,6 @@ class WebConfig:
             "changes whether TLS is spoken or client certificates are required, which the worker's entry in Consul "
             "tells: start the worker anew",
         )
-
-    def _due(self) -> bool:
-        return self._said_at is not None and time.monotonic() - self._said_at > REPEAT_LOG
-
-    def _recovered(self) -> None:
-        if self._said_at is not None:
-            log.info("the web configuration is right again")
-        self._refused, self._said_at = {}, None
 
 
 def _read(path: Path) -> _Content:

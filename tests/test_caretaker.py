@@ -188,10 +188,10 @@ def test_lock_is_held_while_judged(slot_directory: Path) -> None:
     document = in_slot(slot_directory)
     with caretaker.judged(document, host="web-1") as verdict:
         assert verdict.state == "dead"
-        assert slots.try_lock(slot_directory, "shop", 0) is None
-    lock = slots.try_lock(slot_directory, "shop", 0)
-    assert lock
-    lock.release()
+        assert slots.try_slot(slot_directory, "shop", 0) is None
+    slot = slots.try_slot(slot_directory, "shop", 0)
+    assert slot
+    slot.release()
 
 
 def test_lock_beats_what_the_process_cannot_tell(slot_directory: Path) -> None:
@@ -524,9 +524,9 @@ class TestCaretaker:
         dead = slots.acquire(slot_directory, "shop")
         dead.release()
         (slot_directory / "shop.0.lock").write_text(f"1 {proc(ticks='1')}")
-        lock = slots.try_lock(slot_directory, "shop", 0)
-        assert lock
-        release = threading.Timer(0.03, lock.release)
+        slot = slots.try_slot(slot_directory, "shop", 0)
+        assert slot
+        release = threading.Timer(0.03, slot.release)
         release.start()
         newborn = slots.acquire(slot_directory, "shop")
         release.join()
@@ -539,7 +539,7 @@ class TestCaretaker:
         shutil.rmtree(slot_directory)
         assert slots.abandoned(slot_directory, "shop") == []
         with pytest.raises(FileNotFoundError):
-            slots.try_caretaker(slot_directory, "shop")
+            slots.try_slot(slot_directory, "shop", slots.MASTER)
         assert not slot_directory.exists()
 
 
@@ -650,10 +650,10 @@ class TestMasters:
         """A worker that leaves takes its guest along, before anyone else can be the caretaker."""
         inn = Inn(FakeAgent({}), slot_directory)
         await inn.round()
-        assert slots.try_caretaker(slot_directory, "shop") is None
+        assert slots.try_slot(slot_directory, "shop", slots.MASTER) is None
         await inn.end()
         assert inn.guests[0].retired == 1
-        assert slots.try_caretaker(slot_directory, "shop")
+        assert slots.try_slot(slot_directory, "shop", slots.MASTER)
 
     async def test_entry_is_left(self, slot_directory: Path) -> None:
         """A guest whose entry may be left leaves the note by which others find it."""
@@ -711,7 +711,7 @@ class TestMasters:
         directory_id = slots.prepare(slot_directory)
         left = meta(slot="master", instance="web-1:master", dir=f"{directory_id}:{slot_directory}")
         put(agent, "shop.web-1.master", left)
-        slot = slots.try_caretaker(slot_directory, "shop")
+        slot = slots.try_slot(slot_directory, "shop", slots.MASTER)
         assert slot
         assert swept(agent)["shop.web-1.master"].verdict.state == "alive"
         slot.release()

@@ -298,6 +298,8 @@ class Generations(Application):
             _same_or_unwritable(self.registry, Renderer(self.registry), accept)
         if comes_back:
             self.open()
+        else:  # whose endpoint is closed: nobody asks for more of its pages
+            self.source, self.renderer = self.registry, Renderer(self.registry)
 
     @rule()
     def be_adopted(self) -> None:

@@ -39,7 +39,7 @@ async def client(agent: DevAgent, settings: MakeSettings) -> AsyncIterator[Agent
 @pytest.fixture
 def slot(slot_directory: Path) -> slots.Slot:
     slots.prepare(slot_directory)
-    slot = slots.try_caretaker(slot_directory, "shop")
+    slot = slots.try_slot(slot_directory, "shop", slots.MASTER)
     assert slot
     return slot
 

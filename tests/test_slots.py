@@ -21,7 +21,7 @@ import pytest
 
 from consul_prom import slots
 from consul_prom.errors import SlotError
-from consul_prom.slots import acquire, directory_id, process_identity, try_lock
+from consul_prom.slots import acquire, directory_id, process_identity, try_slot
 from tests.services.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ class TestNumbers:
         first.release()
         second = acquire(slot_directory, "shop")
         first.release()
-        assert try_lock(slot_directory, "shop", second.number) is None
+        assert try_slot(slot_directory, "shop", second.number) is None
         assert not first.intact
         assert second.intact
 
@@ -159,7 +159,7 @@ class TestProcesses:
         code = f"import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n{HOLD}sys.stdin.readline()\n{end}"
         with _program(code, slot_directory) as program:
             assert _line(program) == "0"
-            assert try_lock(slot_directory, "shop", 0) is None
+            assert try_slot(slot_directory, "shop", 0) is None
             program.communicate("\n", timeout=DEADLINE)
             assert acquire(slot_directory, "shop").number == 0
 
@@ -180,12 +180,12 @@ class TestProcesses:
             assert _line(program) == "0"
             orphan = int(_line(program))
             try:
-                assert try_lock(slot_directory, "shop", 0) is None
+                assert try_slot(slot_directory, "shop", 0) is None
                 program.kill()
                 program.wait(DEADLINE)
                 assert process_identity(orphan)
                 wait_until(
-                    lambda: try_lock(slot_directory, "shop", 0) is not None, within=DEADLINE, what="the slot is free"
+                    lambda: try_slot(slot_directory, "shop", 0) is not None, within=DEADLINE, what="the slot is free"
                 )
                 assert process_identity(orphan)
             finally:
@@ -202,7 +202,7 @@ class TestProcesses:
             {act}
             os._exit(42 if intact else 0)
         assert os.waitpid(pid, 0)[1] == 0, "the child holds a lock"
-        print(slots.try_lock(Path(sys.argv[1]), "shop", 0), slot.intact)
+        print(slots.try_slot(Path(sys.argv[1]), "shop", 0), slot.intact)
         """
         assert _output(_dedent(code), slot_directory) == "None True"
 
@@ -217,7 +217,7 @@ class TestProcesses:
             own.release()
             os._exit(0)
         os.waitpid(pid, 0)
-        print(slot.number, slot.intact, slots.try_lock(Path(sys.argv[1]), "shop", 1) is not None)
+        print(slot.number, slot.intact, slots.try_slot(Path(sys.argv[1]), "shop", 1) is not None)
         """
         assert _output(_dedent(code), slot_directory).splitlines() == ["1 True", "0 True True"]
 

@@ -87,11 +87,11 @@ def test_foreign(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) 
 def test_lock_is_held(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
     """Without the lock there is no proof, whatever the note says."""
     pid = leave_slot(slot_directory, agent)
-    lock = slots.try_lock(slot_directory, "shop", 0)
-    assert lock
+    slot = slots.try_slot(slot_directory, "shop", 0)
+    assert slot
     undertaker.bury(pid)
     assert agent.state.services
-    lock.release()
+    slot.release()
     undertaker.bury(pid)
     assert not agent.state.services
 
@@ -110,9 +110,9 @@ def test_all(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> N
 def test_lock_comes_late(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
     """At the end a lock that a dying process' last thread holds is waited for."""
     leave_slot(slot_directory, agent)
-    lock = slots.try_lock(slot_directory, "shop", 0)
-    assert lock
-    release = threading.Timer(0.1, lock.release)
+    slot = slots.try_slot(slot_directory, "shop", 0)
+    assert slot
+    release = threading.Timer(0.1, slot.release)
     release.start()
     undertaker.bury_all()
     release.join()

@@ -367,17 +367,6 @@ class TestReload:
         assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING", "INFO", "INFO"]
         assert "the web configuration stays as it was: CONSUL_PROM_WEB_CONFIG=" in caplog.text
 
-    def test_said_again(self, write: Write, files: Path, caplog: pytest.LogCaptureFixture) -> None:
-        """A file that stays broken is said again after ten minutes."""
-        config = write(tls())
-        (files / "web.yml").unlink()
-        config.tls()
-        config.tls()
-        assert config._said_at is not None
-        config._said_at -= module.REPEAT_LOG + 1
-        config.tls()
-        assert len(caplog.records) == 2
-
     def test_back_to_what_it_was(self, write: Write, files: Path, caplog: pytest.LogCaptureFixture) -> None:
         """A file that is moved away and back is right again."""
         caplog.set_level(logging.INFO)

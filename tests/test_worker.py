@@ -103,9 +103,9 @@ def test_life(agent: DevAgent, make: Make, registry: CollectorRegistry, director
     assert not agent.state.services
     assert not threads()
     assert set(registry.collect()) == before
-    lock = slots.try_lock(directory, "shop", 0)
-    assert lock
-    lock.release()
+    slot = slots.try_slot(directory, "shop", 0)
+    assert slot
+    slot.release()
 
 
 def test_again(agent: DevAgent, make: Make) -> None:
@@ -640,7 +640,7 @@ def test_fork(agent: DevAgent, make: Make) -> None:
     assert "consul_prom_registered 1.0" in page(worker)
     assert worker._life
     assert worker._life.tenancy.slot.intact
-    assert slots.try_lock(worker._life.tenancy.slot.directory, "shop", 0) is None
+    assert slots.try_slot(worker._life.tenancy.slot.directory, "shop", 0) is None
 
 
 async def test_lag(make: Make) -> None:
