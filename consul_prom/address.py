@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from consul_prom.errors import AgentDenied, AgentError, EndpointError
+from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +88,14 @@ async def find_address(ask_agent: Callable[[], Awaitable[Mapping[str, Any]]]) ->
 
     *ask_agent* gives ``/v1/agent/self`` or raises an AgentError.
     """
-    ends_at, said = time.monotonic() + ASK_AGENT, False
+    ends_at, sparing = time.monotonic() + ASK_AGENT, SparingLog(log)
     while True:
         try:
             async with asyncio.timeout(max(ends_at - time.monotonic(), 0.1)):
                 member = (await ask_agent()).get("Member")
             advertised = str(member.get("Addr")) if isinstance(member, Mapping) else ""
             if is_local(advertised):
+                sparing.over("the agent tells our address")
                 return advertised
             ends_at = 0  # its answer will not change
         except AgentDenied:
@@ -103,8 +105,7 @@ async def find_address(ask_agent: Callable[[], Awaitable[Mapping[str, Any]]]) ->
         if time.monotonic() < ends_at:
             continue
         if address := route_address():
+            sparing.over("a default route tells our address")
             return address
-        if not said:
-            log.warning("neither the agent nor a default route tells our address: set CONSUL_PROM_ADDRESS")
-        said = True
+        sparing.failed("neither the agent nor a default route tells our address: set CONSUL_PROM_ADDRESS")
         await asyncio.sleep(ASK_AGENT)

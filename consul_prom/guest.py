@@ -3,26 +3,29 @@
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping
+from typing import Final, Protocol
 
-from consul_prom.door import Network
 from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError
 from consul_prom.registrar import AgentAPI, Registrar
 from consul_prom.registration import Registration
-from consul_prom.scrape import Render
-from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)
 
 MOMENT: Final = 0.05
 
 
+class Serving(Protocol):
+    """Makes an endpoint whose page for people shows what *about* tells."""
+
+    def __call__(self, *, about: Callable[[], Mapping[str, str]]) -> Endpoint: ...
+
+
 class Guest:
     """Lives in the metrics thread from `start` to `give_up` or `retire`, one of which must come.
 
-    *intact* tells whether what gives us the right to the ID is still ours; *allow* and *web* guard its port.
+    *intact* tells whether what gives us the right to the ID is still ours; *serving* makes its endpoint.
     """
 
     def __init__(
@@ -31,18 +34,14 @@ class Guest:
         wanted: Registration,
         listener: socket.socket,
         *,
-        render: Render,
         intact: Callable[[], bool],
-        allow: Sequence[Network] = (),
-        web: WebConfig | None = None,
+        serving: Serving,
     ) -> None:
         self._wanted = wanted
         self._listener = listener
         # An idle connection of the agent's 200 is the workers' own; a guest polls.
         self._registrar = Registrar(agent, wanted, watch=False, intact=intact)
-        self._endpoint = Endpoint(
-            render=render, about=self._about, on_scrape=lambda _seconds: None, allow=allow, web=web
-        )
+        self._endpoint = serving(about=self._about)
         self._registering: asyncio.Task[None] | None = None
 
     async def start(self) -> None:

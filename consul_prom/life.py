@@ -15,13 +15,11 @@ from prometheus_client import CollectorRegistry
 
 from consul_prom import farewell
 from consul_prom.address import find_address, route_address
-from consul_prom.adoption import Adoption
-from consul_prom.caretaker import Caretaker
+from consul_prom.care import take_care
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry
 from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError
-from consul_prom.guest import Guest
 from consul_prom.ledger import Ledger, discard, is_large, ledger_path
 from consul_prom.linger import Signals, await_scrape
 from consul_prom.ownmetrics import OwnMetrics
@@ -30,7 +28,6 @@ from consul_prom.registration import Registration
 from consul_prom.settings import Settings
 from consul_prom.site import Site
 from consul_prom.slots import Slot, acquire, process_age, process_identity
-from consul_prom.tally import Masters
 from consul_prom.thread import FORKING, MetricsThread
 from consul_prom.vigil import Vigil
 from consul_prom.wire import deregister_now
@@ -219,7 +216,9 @@ class Life:
             if self._ledger:
                 self._ledger.port = self._listener.getsockname()[1]
             await self._endpoint.serve(self._listener)
-            self._caring = asyncio.create_task(self._take_care(self._client))
+            self._caring = asyncio.create_task(
+                take_care(self.settings, self._client, self._site, start_took=self._start_took)
+            )
             vigil = asyncio.create_task(self._vigil(self._endpoint))
             try:
                 await self.tenancy.run(self._client, self._describe)
@@ -231,41 +230,6 @@ class Life:
         except Exception:
             log.exception("consul-prom is off: an error that it did not expect")
             await self._fail(EndpointError("an error that consul-prom did not expect"))
-
-    async def _take_care(self, client: AgentClient) -> None:
-        settings = self.settings
-        masters = Masters(settings.dir, settings.service)
-
-        async def receive(slot: Slot) -> Guest:
-            return await self._site.receive(client, slot, masters.registry())
-
-        async def adopt(slot: Slot, page: CollectorRegistry, port: int) -> Guest:
-            return await self._site.receive(client, slot, page, port=port, adopted=True)
-
-        adoption = Adoption(
-            settings.dir,
-            settings.service,
-            host=settings.host,
-            retain=settings.retain,
-            patience=0.8 * settings.stop_timeout,
-            serve=adopt,
-            complete=masters.complete,
-            slowest_start=self._start_took,
-        )
-        caretaker = Caretaker(
-            client,
-            directory=settings.dir,
-            service=settings.service,
-            host=settings.host,
-            masters=masters.living,
-            receive=receive,
-            adoption=adoption if settings.ledger and settings.retain else None,
-            patience=0.8 * settings.stop_timeout,
-        )
-        try:
-            await caretaker.run()
-        except Exception:
-            log.exception("consul-prom no longer looks after dead workers: an error that it did not expect")
 
     def _scraped(self, seconds: float) -> None:
         self._metrics.scraped(seconds)
@@ -318,7 +282,7 @@ class Life:
 
     def dispose(self) -> None:
         """What needs no event loop: registry, socket and slot are as before the start."""
-        continued, self._continued = self._continued, None
+        continued, self._continued, self._ledger = self._continued, None, None
         if continued:
             continued.close()  # first: a metric that leaves the registry leaves the ledger too
         self._metrics.close()
@@ -342,6 +306,7 @@ class Life:
         self._metrics.tell(host=self.settings.host, slot=slot.number)
         if slot is not self._first_slot:  # the directory was wiped, and our ledger with it; we count on in its memory
             discard(ledger_path(slot.directory, self.settings.service, slot.number))
+            self._ledger = None
         return self._site.registration(slot, self._listener)
 
     def _registered(self, reason: str) -> None:

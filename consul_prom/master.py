@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from consul_prom.errors import ConsulPromError
 from consul_prom.settings import load
+from consul_prom.sparing import SparingLog
 from consul_prom.tally import LOG, Tally
 from consul_prom.undertaker import Undertaker
 
@@ -24,6 +25,7 @@ class Master:
         self._gid = gid
         self._tally: Tally | None = None
         self._undertaker: Undertaker | None = None
+        self._log = SparingLog(log)
         with self._unharmed():
             settings = load({}, uid=lambda: uid)
             if settings.disabled:
@@ -66,9 +68,14 @@ class Master:
         try:
             yield
         except (ConsulPromError, OSError) as error:
-            log.error("consul-prom is off in Gunicorn's master: %s", error)
+            self._log.failed(
+                "consul-prom cannot do its part in Gunicorn's master: %s", error, reason=type(error).__name__
+            )
         except Exception:
             log.exception("consul-prom did not expect this in Gunicorn's master")
+        else:
+            if self._undertaker:  # or it has no part
+                self._log.over("consul-prom does its part in Gunicorn's master again")
 
     @contextmanager
     def _as_worker(self) -> Iterator[None]:

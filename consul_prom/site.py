@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 
 from prometheus_client import CollectorRegistry
 
@@ -53,7 +54,7 @@ class Site:
         registry: CollectorRegistry | ContinuedRegistry,
         *,
         about: Callable[[], Mapping[str, str]],
-        on_scrape: Callable[[float], None],
+        on_scrape: Callable[[float], None] = lambda _seconds: None,
     ) -> Endpoint:
         return Endpoint(
             render=Renderer(registry).render,
@@ -85,10 +86,8 @@ class Site:
             client,
             self.registration(slot, listener, adopted=adopted),
             listener,
-            render=Renderer(registry).render,
             intact=lambda: slot.intact,
-            allow=self._settings.allow,
-            web=self._web,
+            serving=partial(self.endpoint, registry),
         )
         await guest.start()
         return guest

@@ -17,6 +17,7 @@ from consul_prom import slots
 from consul_prom.errors import AgentError, AgentTimeout
 from consul_prom.registration import entry_id, is_of
 from consul_prom.settings import Settings
+from consul_prom.sparing import SparingLog
 from consul_prom.wire import deregister_now, service_now
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Undertaker:
         self._sleep = sleep
         self._spent: deque[tuple[float, float]] = deque()
         self._off_until = -math.inf
+        self._log = SparingLog(log, clock=clock)
 
     def bury(self, pid: int | str) -> None:
         """Remove the entries of the one dead worker."""
@@ -94,10 +96,11 @@ class Undertaker:
         except AgentError as error:
             if isinstance(error, AgentTimeout):
                 self._off_until = self._clock() + OFF
-            log.warning("%s of a dead worker is left to its siblings: %s", dead, error)
+            self._log.failed("%s of a dead worker is left to its siblings: %s", dead, error, reason=error.reason)
             return False
         finally:
             self._spent.append((self._clock(), self._clock() - begun))
+        self._log.over("entries of dead workers are removed again")
         return True
 
     def _left(self) -> float:

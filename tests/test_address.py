@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import os
 import re
 import socket
@@ -233,11 +234,12 @@ class TestFindAddress:
 
     async def test_neither(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         """Without agent and route, one WARNING says what to set, and the search goes on until there is a route."""
+        caplog.set_level(logging.INFO)
         monkeypatch.setattr(module, "ASK_AGENT", 0.05)
         routes = [None, None, None, self.ROUTE]
         monkeypatch.setattr(module, "route_address", lambda: routes.pop(0))
         assert await find_address(_answering(AgentDenied("403"))) == self.ROUTE
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
         assert "set CONSUL_PROM_ADDRESS" in caplog.text
 
 

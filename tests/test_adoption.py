@@ -10,17 +10,16 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom import __version__, adoption, slots
+from consul_prom import adoption, slots
 from consul_prom.address import listen
 from consul_prom.adoption import BOOTING, Adoption
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import EndpointError
-from consul_prom.exposition import Renderer
 from consul_prom.guest import Guest
 from consul_prom.ledger import Ledger, ledger_path, peek
-from consul_prom.registration import build
+from consul_prom.site import Site
 from consul_prom.slots import Slot
 from tests.conftest import MakeSettings
 from tests.services.waiting import eventually
@@ -70,6 +69,8 @@ class Caretaker:
         self.slowest_start = 0.0
         self.inhabited: list[int] = []
         self.ports: list[int] = []
+        self.site = Site(self.settings)
+        self.site.settle("127.0.0.1")
         self.refusal: Exception | None = None
         self.adoption = self.another()
 
@@ -93,19 +94,8 @@ class Caretaker:
     async def serve(self, slot: Slot, page: CollectorRegistry, port: int) -> Guest:
         if self.refusal:
             raise self.refusal
-        listener = listen("127.0.0.1", [port, 0])
-        self.ports.append(listener.getsockname()[1])
-        wanted = build(
-            self.settings,
-            slot=slot,
-            address="127.0.0.1",
-            port=self.ports[-1],
-            version=__version__,
-            pid=1,
-            adopted=True,
-        )
-        guest = Guest(self.client, wanted, listener, render=Renderer(page).render, intact=lambda: slot.intact)
-        await guest.start()
+        guest = await self.site.receive(self.client, slot, page, port=port, adopted=True)
+        self.ports.append(guest._wanted.port)
         return guest
 
     async def page(self) -> str:

@@ -52,11 +52,12 @@ ROWS = {
     3: ["client", "kinds", "endpoint", "registrar", "caretaker", "undertaker", "vigil", "targets"],
     4: ["exposition", "guest"],
     5: ["adoption", "site"],
-    6: ["life"],
-    7: ["worker", "master", "discovery", "screen"],
-    8: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
-    9: ["cli"],
-    10: ["__init__", "__main__"],
+    6: ["care"],
+    7: ["life"],
+    8: ["worker", "master", "discovery", "screen"],
+    9: ["aiohttp", "asgi", "wsgi", "gunicorn", "doctor", "top", "demo"],
+    10: ["cli"],
+    11: ["__init__", "__main__"],
 }
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}
 COMMANDS = {"cli", "doctor", "top", "demo", "screen"}

@@ -8,14 +8,12 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from consul_prom import __version__, slots
-from consul_prom.address import listen
+from consul_prom import slots
 from consul_prom.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.exposition import Renderer
 from consul_prom.guest import Guest
-from consul_prom.registration import build
 from consul_prom.settings import Settings
+from consul_prom.site import Site
 from consul_prom.tally import Tally
 from consul_prom.worker import running
 from tests.conftest import MakeSettings
@@ -55,14 +53,10 @@ class Host:
         Gauge("page", "Somebody else's.", registry=self.registry).set(7)
 
     async def receive(self) -> tuple[Guest, int]:
-        listener = listen("127.0.0.1", [0])
-        port = listener.getsockname()[1]
-        wanted = build(self.settings, slot=self.slot, address="127.0.0.1", port=port, version=__version__, pid=1)
-        guest = Guest(
-            self.client, wanted, listener, render=Renderer(self.registry).render, intact=lambda: self.slot.intact
-        )
-        await guest.start()
-        return guest, port
+        site = Site(self.settings)
+        site.settle("127.0.0.1")
+        guest = await site.receive(self.client, self.slot, self.registry)
+        return guest, guest._wanted.port
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from consul_prom import slots
 from consul_prom.devagent import DevAgent, running
 from consul_prom.master import Master
-from consul_prom.tally import LOG, Masters
+from consul_prom.tally import LOG, Masters, Tally
 from tests.test_undertaker import leave_slot
 
 
@@ -86,6 +87,20 @@ def test_disabled(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.Mon
     master.stop(dying=lambda: False)
     assert agent.state.services
     assert not Masters(slot_directory, "shop").living()
+
+
+def test_failure_that_lasts(agent: DevAgent, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure that Gunicorn's master meets each second is one line, and one when it is over."""
+    caplog.set_level(logging.INFO)
+    master = make()
+    with monkeypatch.context() as patches:
+        patches.setattr(Tally, "workers", Mock(side_effect=OSError("no space left")))
+        for _ in range(5):
+            master.workers(wanted=1, alive=1)
+    master.workers(wanted=1, alive=1)
+    master.workers(wanted=1, alive=1)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert "no space left" in caplog.text
 
 
 def test_surprise(agent: DevAgent, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,12 +242,19 @@ def test_denied(
     agent: DevAgent, slot_directory: Path, undertaker: Undertaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A refusal is a sentence, and the next that die are dealt with at once."""
+    caplog.set_level(logging.INFO, logger="consul_prom.undertaker")
     pid = leave_slot(slot_directory, agent)
     agent.fault = Fault(status=403)
-    undertaker.bury(pid)
-    assert "left to its siblings" in caplog.text
+    for _ in range(3):
+        undertaker.bury(pid)
     agent.fault = None
     undertaker.bury(pid)
+    said = [record.getMessage() for record in caplog.records if record.name == "consul_prom.undertaker"]
+    assert [line.partition(" ")[2].partition(":")[0] for line in said] == [
+        "of a dead worker is left to its siblings",
+        "shop.web-1.0",
+        "of dead workers are removed again",
+    ]
     assert not agent.state.services
 
 
