@@ -953,9 +953,17 @@ class TestLedger:
         assert "an error not expected" in caplog.text
 
     def test_wiped(
-        self, agent: DevAgent, make: Make, hits: Counter, directory: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        agent: DevAgent,
+        make: Make,
+        hits: Counter,
+        directory: Path,
+        *,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         """Where the directory is wiped, a worker counts on in memory, and its slot's next worker starts anew."""
+        caplog.set_level(logging.INFO)
         monkeypatch.setattr("consul_prom.registrar.TURN", 1)
         worker = make(address="127.0.0.1")
         worker.start()
@@ -972,5 +980,7 @@ class TestLedger:
         )
         hits.labels("/").inc()
         assert 'hits_total{route="/"} 6.0' in page(worker)
+        hits.labels("/").inc()
         worker.stop()
+        assert "in its ledger" not in caplog.text
         assert "hits_total{" not in page(self.next_worker(make)[0])
