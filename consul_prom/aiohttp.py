@@ -33,7 +33,7 @@ def setup(app: web.Application, *, registry: CollectorRegistry = REGISTRY, **arg
         raise SettingsError("consul_prom.setup comes before the application starts", from_code=True)
     worker = app[WORKER] = Worker(registry=registry, **arguments)
     if worker.request_metrics:
-        counting = _Counting(registry)
+        counting = _Counting(worker, registry)
         app.middlewares.insert(0, counting.middleware)
         app.on_response_prepare.append(counting.note_upgrade)
         app.cleanup_ctx.append(counting.life)
@@ -59,7 +59,8 @@ def setup(app: web.Application, *, registry: CollectorRegistry = REGISTRY, **arg
 class _Counting:
     """The middleware. It comes first, so that it sees what the other ones answer too."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, worker: Worker, registry: CollectorRegistry) -> None:
+        self._worker = worker
         self._registry = registry
         self._installed = False
         self._metrics: RequestMetrics | None = None
@@ -67,7 +68,7 @@ class _Counting:
     async def life(self, _app: web.Application) -> AsyncIterator[None]:
         yield
         if self._metrics:
-            self._metrics.close()
+            self._metrics.close(served=self._worker.served)
 
     def _install(self) -> RequestMetrics | None:
         """At the first request: by then the application has made its own metrics, whose names come first."""

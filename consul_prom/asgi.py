@@ -125,7 +125,7 @@ class _Lifespan:
 
     def _stop(self) -> None:
         self._worker.stop()
-        self._requests.close()
+        self._requests.close(served=self._worker.served)
 
 
 class _Exchange:

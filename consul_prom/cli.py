@@ -161,7 +161,7 @@ def _list_saved(settings: Settings, *, as_json: bool) -> None:
         rows = [[str(fact[column]) for column in columns] for fact in facts]
         Screen().table(columns, rows, numbers=("slot", "series", "unused", "total"))
     else:
-        Screen().say(f"CONSUL_PROM_DIR={str(settings.dir)!r} has no ledger that we can read.")
+        Screen().say(f"CONSUL_PROM_DIR={str(settings.dir)!r} has no ledger of this user's; the workers' may have.")
 
 
 def _saved(path: Path, contents: Contents) -> Iterator[tuple[Any, ...]]:

@@ -114,10 +114,13 @@ class RequestMetrics:
         if seconds is not None:
             self._duration.labels(method, route).observe(seconds)
 
-    def close(self) -> None:
-        """Take the metrics out of the registry, when the last of their users has closed them."""
+    def close(self, *, served: bool = False) -> None:
+        """Take the metrics out of the registry, when the last of their users has closed them.
+
+        Not from one that is still *served*: what leaves it leaves the ledger too, and others are to show it.
+        """
         self.users -= 1
-        if not self.users:
+        if not self.users and not served:
             for metric in self._mine:
                 self._registry.unregister(metric)
             self._mine.clear()
@@ -152,12 +155,12 @@ class Requests:
         self._metrics.in_progress.open.add(request)
         return request
 
-    def close(self) -> None:
-        """Take the metrics out of the registry, until the next request."""
+    def close(self, *, served: bool) -> None:
+        """Take the metrics out of the registry, unless it is still *served*, until the next request."""
         with self._lock:
             metrics, self._metrics, self._installed = self._metrics, None, False
         if metrics:
-            metrics.close()
+            metrics.close(served=served)
 
 
 def install(registry: CollectorRegistry) -> RequestMetrics | None:
@@ -166,7 +169,7 @@ def install(registry: CollectorRegistry) -> RequestMetrics | None:
     None, and one WARNING, where the application has metrics of such names.
     """
     metrics = RequestMetrics.of_registry.get(registry)
-    if metrics and metrics.users:
+    if metrics:
         metrics.users += 1
         return metrics
     try:

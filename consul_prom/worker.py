@@ -84,6 +84,12 @@ class Worker:
     def registered(self) -> bool:
         return bool(self._life and self._life.tenancy.registered)
 
+    @property
+    def served(self) -> bool:
+        """Whether this process serves the registry: after our own stop, Gunicorn's hooks or others may go on."""
+        life = Life.of_registry.get(self._registry)
+        return bool(life and life.mine)
+
     def start(self, *, loop: asyncio.AbstractEventLoop | None = None, keeps: bool = True) -> None:
         """Serve and register this process; a second call does nothing. Waits for the metrics thread, for nothing else.
 

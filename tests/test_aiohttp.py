@@ -736,6 +736,23 @@ class TestLife:
                 await client.counted(200)
                 assert worker.instance == "web-1:0"
 
+    async def test_counts_outlive_it(self, serve: Serve, arguments: Arguments) -> None:
+        """Where Gunicorn's hooks have started a worker, which outlives applications, the ledger keeps their counts."""
+        hooks = Worker(**arguments)
+        hooks.start(keeps=False)
+        for times in (1, 2):
+            app = _app()
+            setup(app, **arguments)
+            async with serve(app) as client:
+                await client.ask()
+                await client.counted(200, times=times)
+        hooks.stop(last=True)
+        app = _app()
+        successor = setup(app, **{**arguments, "registry": CollectorRegistry()})
+        async with serve(app) as client:
+            text = await client.scrape(successor)
+            assert 'http_requests_total{method="GET",route="/",status="200"} 2.0' in text
+
     async def test_two_at_once_on_one_registry(self, serve: Serve, arguments: Arguments, agent: DevAgent) -> None:
         """Two applications of one process and registry are one target, until the last of them ends."""
         first, second = _app(), _app()

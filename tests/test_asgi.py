@@ -24,6 +24,7 @@ from consul_prom import farewell
 from consul_prom.asgi import Instrumented, instrument
 from consul_prom.devagent import DevAgent, running
 from consul_prom.errors import SettingsError
+from consul_prom.worker import Worker
 from tests.services.waiting import eventually
 
 DEADLINE = 10.0
@@ -659,6 +660,15 @@ class TestLifespan:
         assert seen == [("start", True, []), ("end", True, [])]
         assert not app.worker.url
         assert list(arguments["registry"].collect()) == []
+
+    async def test_counts_outlive_it(self, arguments: Arguments, page: Page) -> None:
+        """Where Gunicorn's hooks have started a worker, which outlives it, its counts stay on the page."""
+        hooks = Worker(**arguments)
+        hooks.start(keeps=False)
+        async with living(instrument(_bare(_start(), {"type": "http.response.body"}), **arguments)) as server:
+            assert await server.ask() == 200
+        page.only(200)
+        hooks.stop(last=True)
 
     async def test_state(self, arguments: Arguments) -> None:
         """What the application's lifespan puts into the state reaches its requests."""

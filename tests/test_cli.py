@@ -302,7 +302,7 @@ def test_list_ledger(run: Run, slot_directory: Path) -> None:
     facts = json.loads(run("list", "--ledger", "--json", f"--dir={slot_directory}", "--service=shop").stdout)
     assert [(fact["metric"], fact["total"], fact["slot"]) for fact in facts] == [("hits", 4.0, 3), ("seconds", 2.0, 3)]
     assert run("list", "--ledger", "--json", f"--dir={slot_directory}", "--service=other").stdout == "[]\n"
-    assert "has no ledger that we can read" in run("list", "--ledger", f"--dir={slot_directory}/no").stdout
+    assert "has no ledger of this user's" in run("list", "--ledger", f"--dir={slot_directory}/no").stdout
 
 
 def test_list_json(run: Run, agent: DevAgent) -> None:

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.services.waiting import wait_until
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 SHOP = ("--service=shop", "--consul-http-addr=consul:8500")
+OPTIONS = ("-c", str(DEPLOY / "gunicorn.conf.py"))
 GENERATED = {
     "prometheus/workers.yml": ("config", "prometheus", *SHOP),
     "prometheus/rules.yml": ("config", "rules", *SHOP),
@@ -65,10 +67,9 @@ class Shop(Gunicorn):
 
 def test_shop_works() -> None:
     """The application, as its gunicorn.conf.py starts it, is found and scraped with what is generated."""
-    options = ("-c", str(DEPLOY / "gunicorn.conf.py"))
     with (
         Consul() as consul,
-        Shop("deploy.app:get_application", settings={"CONSUL_HTTP_ADDR": consul.url}, options=options) as shop,
+        Shop("deploy.app:get_application", settings={"CONSUL_HTTP_ADDR": consul.url}, options=OPTIONS) as shop,
     ):
         config = parsed("prometheus/workers.yml")
         config["scrape_configs"][0]["consul_sd_configs"][0]["server"] = consul.url.removeprefix("http://")
@@ -83,6 +84,29 @@ def test_shop_works() -> None:
             routes = "sum by (route) (http_requests_total{route=~'/products/.*'})"
             (sample,) = wait_until(lambda: prometheus.query(routes), within=60, what="requests by route")
             assert sample["metric"] == {"route": "/products/{number}"}
+
+
+def test_shop_goes_on(tmp_path: Path) -> None:
+    """A stop and a start, as of systemd's `restart`, lose no request that the workers counted."""
+    with Consul() as consul:
+        settings = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_DIR": str(tmp_path / "slots")}
+
+        def counted() -> float:
+            total, entries = 0.0, consul.call("/v1/agent/services")[1].values()
+            assert len(entries) == 5, "four workers and a master"
+            for entry in entries:
+                with urllib.request.urlopen(f"http://{entry['Address']}:{entry['Port']}/metrics", timeout=5) as page:
+                    found = re.findall(
+                        r'^http_requests_total{.*"/products/.* (\S+)$', page.read().decode(), re.MULTILINE
+                    )
+                total += sum(map(float, found))
+            return total
+
+        for before in (0, 5):
+            with Shop("deploy.app:get_application", settings=settings, options=OPTIONS) as shop:
+                assert wait_until(lambda: [counted()], within=30, what="all entries") == [before]
+                for number in range(5):
+                    shop.get(f"/products/{number}")
 
 
 class TestCompose:
