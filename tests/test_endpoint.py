@@ -456,6 +456,19 @@ class TestWebConfig:
         guarded.ask(**right)
         assert not turned_away()
 
+    def test_no_thread(self, guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where no password can be checked, that is said with a 503, and nothing else is told."""
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        answer = guarded.ask(Authorization="Basic bWU6aHVudGVyMg==")
+        assert (answer.status, answer.body) == (503, b"no thread to check a password in\n")
+        assert not guarded.asked
+        monkeypatch.undo()
+        assert guarded.ask(Authorization="Basic bWU6aHVudGVyMg==").status == 200
+
     def test_agent(self, guarded: Served) -> None:
         """The agent's check, which has no password, is answered."""
         assert guarded.ask(HEALTH_PATH).status == 200
