@@ -393,12 +393,13 @@ class Tenancy:
             self.left_over(trouble)
         except AgentError as error:
             self.left_over(error)
-        self.left = True
 
     def left_over(self, error: Exception) -> None:
-        """Say so, and leave the entry to the sweep, for which a process that lives on would be alive."""
-        self.slot.abandon()
-        tell_left_over(self.entry_id, error)
+        """Say so, once, and leave the entry to the sweep, for which a process that lives on would be alive."""
+        if not self.left:
+            self.left = True
+            self.slot.abandon()
+            tell_left_over(self.entry_id, error)
 
 
 def tell_left_over(entry_id: str, error: Exception) -> None:
