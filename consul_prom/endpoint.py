@@ -11,6 +11,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import BaseRequest, Response, Server, StreamResponse
 
 from consul_prom.door import Door, Network
+from consul_prom.errors import EndpointError
 from consul_prom.scrape import Render, Scrapes
 from consul_prom.webconfig import WebConfig
 
@@ -68,8 +69,11 @@ class Endpoint:
         self._door.heard(request.protocol)
         if self._web is None:
             return await self._answer(request, {})
-        if request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", "")):
-            return await self._answer(request, self._web.headers)
+        try:
+            if request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", "")):
+                return await self._answer(request, self._web.headers)
+        except EndpointError as error:
+            return Response(status=503, text=f"{error}\n", headers=self._web.headers)
         return self._unauthorized(request, self._web.headers)
 
     async def _answer(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:

@@ -4,7 +4,7 @@ ConsulPromError
 ├── SettingsError            a setting is missing or wrong; names the setting and the value
 ├── SlotError                the directory or a lock cannot be used
 ├── LedgerError              the counters cannot be kept in a file, and live in memory
-├── EndpointError            the metrics server cannot start or stop
+├── EndpointError            the metrics server cannot start, stop or answer
 └── AgentError               the Consul agent did not do what was asked
     ├── AgentUnreachable     no connection: refused, no such host, TLS, reset
     ├── AgentTimeout         no answer in time; what was asked may still take effect

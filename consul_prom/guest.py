@@ -1,17 +1,14 @@
 """A page that is not this process' own, as a target of its own: own ID and instance, socket, and registrar."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
 from consul_prom.endpoint import Endpoint
 from consul_prom.errors import AgentError
-from consul_prom.registrar import AgentAPI, Registrar
+from consul_prom.registrar import AgentAPI, Registrar, tell_left_over
 from consul_prom.registration import Registration
-
-log = logging.getLogger(__name__)
 
 MOMENT: Final = 0.05
 
@@ -64,7 +61,7 @@ class Guest:
             async with asyncio.timeout(timeout):
                 await self._registrar.deregister()
         except (TimeoutError, AgentError) as error:
-            log.warning("%s may still be registered: %s", self._wanted.id, str(error) or "the agent did not answer")
+            tell_left_over(self._wanted.id, error)
             return False
         finally:
             await self.give_up()

@@ -269,6 +269,7 @@ class Life:
         try:
             if self._client and self.tenancy.registered:
                 deregister_now(self.settings, self.tenancy.entry_id, timeout=timeout, hosts=self._client.resolved)
+                self.tenancy.left = True  # or the thread, once it goes on, would remove a successor's
         except AgentError as error:
             self.tenancy.left_over(error)
 

@@ -393,14 +393,19 @@ class Tenancy:
             self.left_over(trouble)
         except AgentError as error:
             self.left_over(error)
-        self.left = True
 
     def left_over(self, error: Exception) -> None:
-        """Say so, and leave the entry to the sweep, for which a process that lives on would be alive."""
-        self.slot.abandon()
-        why = str(error) or "the agent did not answer within CONSUL_PROM_STOP_TIMEOUT"
-        gone = self.entry_id
-        log.warning("%s may still be registered: %s; `consul-prom deregister --id %s` removes it", gone, why, gone)
+        """Say so, once, and leave the entry to the sweep, for which a process that lives on would be alive."""
+        if not self.left:
+            self.left = True
+            self.slot.abandon()
+            tell_left_over(self.entry_id, error)
+
+
+def tell_left_over(entry_id: str, error: Exception) -> None:
+    """What went wrong with its deregistration, and what to do."""
+    why = str(error) or "the agent did not answer within CONSUL_PROM_STOP_TIMEOUT"
+    log.warning("%s may still be registered: %s; `consul-prom deregister --id %s` removes it", entry_id, why, entry_id)
 
 
 def backoff(clock: Callable[[], float], random: Callable[[], float]) -> Iterator[float]:

@@ -4,21 +4,17 @@ https://github.com/prometheus/exporter-toolkit/blob/master/docs/web-configuratio
 refused, since whoever wrote it relies on it. PyYAML and bcrypt, of the extra `web`, are imported when a file is read.
 """
 
-import asyncio
-import base64
-import hashlib
 import logging
 import os
 import re
-import secrets
 import ssl
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from consul_prom.errors import EndpointError
+from consul_prom.passwords import Passwords
 from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
@@ -80,9 +76,7 @@ class WebConfig:
         self._path = Path(path).absolute()
         self._content = _read(self._path)
         self._log = SparingLog(log)
-        self._key = secrets.token_bytes(32)
-        self._right: set[bytes] = set()
-        self._checking: asyncio.Future[bool] | None = None
+        self._passwords = Passwords()
 
     @property
     def scheme(self) -> str:
@@ -103,41 +97,14 @@ class WebConfig:
         return self._content.tls
 
     async def permits(self, authorization: str) -> bool:
-        """Whether a request with this header, or none, may be answered."""
+        """Whether a request with this header, or none, may be answered.
+
+        Raises:
+            EndpointError: that cannot be told now.
+        """
         self._refresh()
         users = self._content.users
-        if not users:
-            return True
-        user, password = _credentials(authorization)
-        # An unknown user takes as long as a wrong password.
-        hashed = users.get(user) or next(iter(users.values()))
-        proof = hashlib.blake2b(f"{user}\0{hashed}\0{password}".encode(), key=self._key).digest()
-        if proof in self._right:
-            return True
-        if not authorization or not await self._matches(password, hashed) or user not in users:
-            return False
-        self._right = {proof, *list(self._right)[:99]}
-        return True
-
-    async def _matches(self, password: str, hashed: str) -> bool:
-        """One at a time, in a thread of its own: bcrypt is slow by design, and who guesses shall not have all cores."""
-        while self._checking:
-            await asyncio.wait({self._checking})
-        loop = asyncio.get_running_loop()
-        answer = loop.create_future()
-
-        def settle(found: bool) -> None:  # noqa: FBT001  # a value, not a switch
-            self._checking = None
-            answer.set_result(found)
-
-        def check() -> None:
-            found = _bcrypt_matches(password, hashed)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(settle, found)
-
-        threading.Thread(target=check, name="consul-prom-bcrypt", daemon=True).start()
-        self._checking = answer  # not before: where the system gives no thread, nobody would end it
-        return await asyncio.shield(answer)
+        return not users or await self._passwords.permit(authorization, users)
 
     def _refresh(self) -> None:
         """Take up what has changed; what cannot be taken up is one WARNING, and all stays as it was."""
@@ -170,12 +137,17 @@ def _read(path: Path) -> _Content:
         raise EndpointError(f"CONSUL_PROM_WEB_CONFIG needs {error.name}: pip install 'consul-prom[web]'") from None
     seen: dict[Path, tuple[int, ...] | None] = {path: _version(path)}
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:  # its own words show the line, which may hold a hash
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _trouble(path, f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    # Of a library's error no word is passed on: it may show a hash.
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise _trouble(path, f"is no YAML{f', in line {mark.line + 1}' if mark else ''}") from None
-    except (OSError, ValueError) as error:
-        raise _trouble(path, f"cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8'}") from None
+    except Exception:  # noqa: BLE001  # whatever Python says of such a value
+        raise _trouble(path, "has a value that is none, as the date 2026-02-31 is; a text goes in quotes") from None
     try:
         top = _keys(found, "the file", {"tls_server_config", "http_server_config", "basic_auth_users"})
         http = _keys(top.get("http_server_config"), "http_server_config", {"http2", "headers"})
@@ -288,21 +260,3 @@ def _version(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
-
-
-def _credentials(authorization: str) -> tuple[str, str]:
-    scheme, _, rest = authorization.partition(" ")
-    try:
-        user, _, password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
-    except ValueError:
-        return "", ""
-    return (user, password) if scheme.lower() == "basic" else ("", "")
-
-
-def _bcrypt_matches(password: str, hashed: str) -> bool:
-    import bcrypt
-
-    try:
-        return bcrypt.checkpw(password.encode()[:72], hashed.encode())  # what is longer, bcrypt ignores
-    except ValueError:  # a NUL, say
-        return False

@@ -17,7 +17,7 @@ import pytest
 from consul_prom import slots
 from consul_prom.devagent import DevAgent
 from tests.services.waiting import wait_until
-from tests.test_caretaker import hold, swept
+from tests.test_caretaker import swept
 from tests.workers import PACKAGE, Workers, meta, put
 
 ROUNDS = 12
@@ -159,7 +159,7 @@ def test_caretaker_stands_still(fleet: Fleet) -> None:
 
 def test_clock_changes(agent: DevAgent, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the clock says is no proof of anything."""
-    hold(workers.start())
+    workers.hold(workers.start())
     dead = workers.start()
     workers.kill(dead)
     for now in (0.0, 2e9, 1e10):
@@ -189,7 +189,7 @@ def test_pid_is_used_again(agent: DevAgent, workers: Workers) -> None:
 def test_other_pid_namespace(agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
     """A command in another pid namespace, without the directory, takes nobody for dead, whatever pids are there."""
     living = workers.start()
-    hold(living)
+    workers.hold(living)
     shutil.rmtree(slot_directory)
     command = [sys.executable, "-m", "consul_prom", "deregister", "--json"]
     inside = ["unshare", "--map-root-user", "--pid", "--fork", "--mount-proc", *command]

@@ -4,7 +4,6 @@ import asyncio
 import errno
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import threading
@@ -91,12 +90,6 @@ def known(agent: DevAgent) -> set[str]:
     return set(agent.state.services)
 
 
-def hold(process: subprocess.Popen[bytes]) -> None:
-    """Stop a worker, so that it does not notice what is done to its files."""
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-
-
 def test_live_worker_stays(agent: DevAgent, workers: Workers) -> None:
     """A live worker's entry is never removed, since the worker holds its slot's lock."""
     workers.start()
@@ -108,15 +101,15 @@ def test_live_worker_stays(agent: DevAgent, workers: Workers) -> None:
 
 def test_stopped_worker_stays(agent: DevAgent, workers: Workers) -> None:
     """A worker that SIGSTOP holds up is alive."""
-    hold(workers.start())
+    workers.hold(workers.start())
     assert swept(agent)["shop.web-1.0"].verdict.state == "alive"
 
 
 def test_killed_worker_goes(agent: DevAgent, workers: Workers) -> None:
     """After kill -9 the lock is free, which proves the death; the other workers stay."""
-    workers.start()
-    second = workers.start()
-    workers.start()
+    first, second, third = (workers.start() for _ in range(3))
+    workers.hold(first)
+    workers.hold(third)  # or their caretaker would be at it too
     workers.kill(second)
     outcomes = swept(agent)
     assert {key: outcome.action for key, outcome in outcomes.items()} == {
@@ -138,9 +131,9 @@ def test_unreaped_worker_goes(agent: DevAgent, workers: Workers) -> None:
 
 def test_wiped_directory(agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
     """Where the directory was wiped, the process proves who lives and who is dead."""
-    hold(workers.start())
+    workers.hold(workers.start())
     second = workers.start()
-    hold(second)
+    workers.hold(second)
     shutil.rmtree(slot_directory)
     workers.kill(second)
     outcomes = swept(agent)
@@ -153,7 +146,7 @@ def test_wiped_directory(agent: DevAgent, workers: Workers, slot_directory: Path
 def test_wiped_lock_files(agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
     """A lock file that is missing proves nothing, and none is made to try."""
     process = workers.start()
-    hold(process)
+    workers.hold(process)
     (lock,) = slot_directory.glob("*.lock")
     lock.unlink()
     outcome = swept(agent)["shop.web-1.0"]
@@ -163,7 +156,7 @@ def test_wiped_lock_files(agent: DevAgent, workers: Workers, slot_directory: Pat
 
 def test_replaced_lock_file(agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
     """A free lock beside a live process is a doubt: the file may be another than the one that the worker holds."""
-    hold(workers.start())
+    workers.hold(workers.start())
     (lock,) = slot_directory.glob("*.lock")
     lock.unlink()
     lock.touch()
@@ -437,7 +430,7 @@ class TestCaretaker:
     def test_stopped_worker(self, agent: DevAgent, workers: Workers) -> None:
         """A worker that stands still lives: its lock is held, and its entry stays."""
         caretaking, standing, dying = (workers.start() for _ in range(3))
-        standing.send_signal(signal.SIGSTOP)
+        workers.hold(standing)
         workers.kill(dying)
         wait_until(lambda: not workers.entries(dying.pid), within=50, what="the dead worker's entry gone")
         assert workers.entries(standing.pid)
@@ -449,7 +442,7 @@ class TestCaretaker:
         workers.kill(living)  # both: no caretaker is at work
         workers.kill(dead)
         again = workers.start()
-        again.send_signal(signal.SIGSTOP)
+        workers.hold(again)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
         caring = caretaker.Caretaker(client, directory=slot_directory, service="shop", host="web-1")
         agent.fault = Fault(status=500)

@@ -308,6 +308,32 @@ class TestReaders:
             wait_until(lambda: not page.readers, within=DEADLINE, what="it is cut off")
             assert not _is_whole(client, 20_000_000)
 
+    def test_since(self, served: Served) -> None:
+        """A scrape has been when its page is sent to its end, begun since then, to all that are still connected."""
+        since, size = served.endpoint.scrapes.since, 20_000_000
+        served.page = lambda: b"x" * size
+        begun = time.time()
+        with served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: served.took, within=DEADLINE, what="the page is written")
+            assert not since(begun), "nobody has it yet"
+            assert _is_whole(client, size)
+            wait_until(lambda: since(begun), within=DEADLINE, what="it is sent")
+            later = time.time()
+            assert not since(later), "it is of before"
+            served.page = lambda: b"one 1.0\n"
+            served.ask()
+            assert not since(later), "one who is still connected has only an older page"
+        wait_until(lambda: since(later), within=DEADLINE, what="it went away")
+        with served.holding() as ends, served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            wait_until(lambda: served.written == 3, within=DEADLINE, what="a page is begun")
+            latest = time.time()
+            ends.set()
+            assert _all_of(client).endswith(b"one 1.0\n")
+        wait_until(lambda: len(served.took) == 3, within=DEADLINE, what="it is sent")
+        assert not since(latest), "it was begun before"
+
     def test_page_in_slices(self, served: Served) -> None:
         """While a page is written others are answered."""
         begun = threading.Event()
@@ -455,6 +481,19 @@ class TestWebConfig:
         assert turned_away()
         guarded.ask(**right)
         assert not turned_away()
+
+    def test_no_thread(self, guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where no password can be checked, that is said with a 503, and nothing else is told."""
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        answer = guarded.ask(Authorization="Basic bWU6aHVudGVyMg==")
+        assert (answer.status, answer.body) == (503, b"no thread to check a password in\n")
+        assert not guarded.asked
+        monkeypatch.undo()
+        assert guarded.ask(Authorization="Basic bWU6aHVudGVyMg==").status == 200
 
     def test_agent(self, guarded: Served) -> None:
         """The agent's check, which has no password, is answered."""

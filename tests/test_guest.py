@@ -154,7 +154,11 @@ async def test_hanging_agent(agent: DevAgent, host: Host, caplog: pytest.LogCapt
     agent.fault = Fault(delay=20)
     async with asyncio.timeout(10):
         assert not await guest.retire(0.3)
-    assert "shop.web-1.master may still be registered" in caplog.text
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == (
+        "shop.web-1.master may still be registered: the agent did not answer within CONSUL_PROM_STOP_TIMEOUT; "
+        "`consul-prom deregister --id shop.web-1.master` removes it"
+    )
     assert await refused(port)
 
 

@@ -207,3 +207,26 @@ thread.spawn(asyncio.sleep(3600))
             [sys.executable, "-c", code], env=environ, timeout=DEADLINE, check=True, capture_output=True
         )
         assert done.stderr == b""
+
+    def test_child_of_gevent(self) -> None:
+        """Where gevent has patched the selectors, a forked child has none of the loop's sockets either."""
+        code = """
+from gevent import monkey
+monkey.patch_all()
+import os
+from consul_prom.thread import MetricsThread
+thread = MetricsThread()
+thread.start()
+descriptors = thread.descriptors()
+assert len(descriptors) == 2, "a pair, with which it wakes itself"
+child = os.fork()
+if not child:
+    os._exit({os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in descriptors} != {"/dev/null"})
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert thread.stop(10)
+"""
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environ, timeout=DEADLINE, check=False, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")

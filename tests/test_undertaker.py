@@ -2,7 +2,6 @@
 
 import logging
 import os
-import signal
 import socket
 import subprocess
 import threading
@@ -48,8 +47,8 @@ def test_killed(agent: DevAgent, workers: Workers, undertaker: Undertaker) -> No
     first, second = workers.start(), workers.start()
     undertaker.bury(second.pid)
     assert workers.entries(second.pid), "it lives"
-    second.send_signal(signal.SIGSTOP)
-    first.send_signal(signal.SIGSTOP)  # no caretaker works
+    workers.hold(second)
+    workers.hold(first)  # no caretaker works
     workers.kill(second)
     undertaker.bury(first.pid)
     assert workers.entries(second.pid), "another's"

@@ -1,13 +1,11 @@
 """The web-config file: what it may hold, how it is refused, and that it is read again."""
 
-import asyncio
 import base64
 import logging
 import shutil
 import ssl
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from cryptography.hazmat.primitives.serialization import (
 from consul_prom import webconfig as module
 from consul_prom.errors import EndpointError
 from consul_prom.webconfig import WebConfig
-from tests.services.waiting import eventually
 
 HASH = bcrypt.hashpw(b"hunter2", bcrypt.gensalt(4)).decode()
 Write = Callable[..., WebConfig]
@@ -133,6 +130,7 @@ class TestRefusals:
         [
             ("a: [", "is no YAML, in line 1"),
             ("- a", "has no keys in the file"),
+            *((text, "has a value that is none") for text in ("a: 2026-02-31", "a: !!bool hunter2", "[" * 5000)),
             ("rate_limit: {burst: 1}", "has the key 'rate_limit' in the file, which consul-prom cannot follow"),
             ("7: 1", "has the key '7' in the file"),
             ({"tls_server_config": {"cert_file": "cert.pem"}}, "needs both cert_file and key_file"),
@@ -193,7 +191,9 @@ class TestRefusals:
             write(tls(key_file="k.pem"))
 
     @pytest.mark.parametrize(
-        "content", [f"me: {HASH}: [", f"basic_auth_users: {{me: {HASH}x}}", "a: 'hunter2"], ids=["key", "hash", "quote"]
+        "content",
+        [f"me: {HASH}: [", f"basic_auth_users: {{me: {HASH}x}}", "a: 'hunter2", "a: !!int hunter2"],
+        ids=["key", "hash", "quote", "number"],
     )
     def test_no_secret(self, write: Write, content: str) -> None:
         """What the file holds is in no sentence."""
@@ -215,98 +215,16 @@ class TestRefusals:
         assert f"CONSUL_PROM_WEB_CONFIG needs {library}: pip install 'consul-prom[web]'" in done.stderr
 
 
-class TestPasswords:
-    """basic_auth_users."""
+class TestRest:
+    """What asks for no more than to be handed on."""
 
-    @pytest.fixture
-    def config(self, write: Write) -> WebConfig:
-        return write({"basic_auth_users": {"me": HASH, "you": HASH}})
-
-    async def test_right_and_wrong(self, config: WebConfig) -> None:
-        """The right password opens, again and again; nothing else does."""
-        for user in ("me", "you", "me"):
-            assert await config.permits(basic(user, "hunter2"))
-        for wrong in (
-            *("", "Basic", "Basic !", "Basic w7", f"Bearer {HASH}", basic("me", "hunter3"), basic("me", "")),
-            *(basic("they", "hunter2"), basic("", "hunter2"), basic("me", HASH), basic("me", "a\0b")),
-            f"Digest {basic('me', 'hunter2').partition(' ')[2]}",
-        ):
-            assert not await config.permits(wrong), wrong
-
-    async def test_scheme_in_lower_case(self, config: WebConfig) -> None:
-        """The scheme's case does not matter, as RFC 9110 says."""
-        assert await config.permits(basic("me", "hunter2").replace("Basic", "basic"))
-
-    async def test_long_password(self, write: Write) -> None:
-        """Of a password bcrypt knows 72 bytes, and what is longer than that works as with other tools."""
-        long = "ü" * 60
-        config = write({"basic_auth_users": {"me": bcrypt.hashpw(long.encode()[:72], bcrypt.gensalt(4)).decode()}})
-        assert await config.permits(basic("me", long))
-
-    async def test_nobody_is_asked(self, write: Write) -> None:
-        """Without users everybody is let in."""
+    async def test_users(self, write: Write) -> None:
+        """Users are let in with their passwords, and nobody else; without users everybody is."""
+        config = write({"basic_auth_users": {"me": HASH}})
+        assert await config.permits(basic("me", "hunter2"))
+        assert not await config.permits(basic("me", "hunter3"))
+        assert not await config.permits("")
         assert await write(tls()).permits("")
-
-    async def test_bcrypt_runs_once(self, config: WebConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A password that was right is not hashed again for the next scrape; one that was wrong is."""
-        hashed: list[str] = []
-
-        def matches(password: str, _hashed: str) -> bool:
-            hashed.append(password)
-            return password == "hunter2"
-
-        monkeypatch.setattr(module, "_bcrypt_matches", matches)
-        for _ in range(3):
-            assert await config.permits(basic("me", "hunter2"))
-            assert not await config.permits(basic("me", "wrong"))
-        assert hashed == ["hunter2", "wrong", "wrong", "wrong"]
-
-    async def test_unknown_user_costs_the_same(self, config: WebConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An unknown user's password is hashed, too: the time does not tell who exists."""
-        seen: list[str] = []
-
-        def matches(_password: str, hashed: str) -> bool:
-            seen.append(hashed)
-            return True
-
-        monkeypatch.setattr(module, "_bcrypt_matches", matches)
-        assert not await config.permits(basic("they", "hunter2"))
-        assert seen == [HASH]
-
-    async def test_no_thread(self, config: WebConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Where the system gives no thread for a check, the next one has another chance."""
-
-        def refuse(_thread: threading.Thread) -> None:
-            raise RuntimeError("can't start new thread")
-
-        with monkeypatch.context() as full:
-            full.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(RuntimeError):
-                await config.permits(basic("me", "hunter2"))
-        async with asyncio.timeout(10):
-            assert await config.permits(basic("me", "hunter2"))
-
-    async def test_one_at_a_time(self, config: WebConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Who guesses keeps one thread busy, however many they are, also when they hang up; the loop goes on."""
-        gate, running, most = threading.Event(), 0, 0
-
-        def matches(_password: str, _hashed: str) -> bool:
-            nonlocal running, most
-            running += 1
-            most = max(most, running)
-            gate.wait(10)
-            running -= 1
-            return False
-
-        monkeypatch.setattr(module, "_bcrypt_matches", matches)
-        guesses = [asyncio.ensure_future(config.permits(basic("me", str(number)))) for number in range(5)]
-        await eventually(lambda: running == 1, within=10, what="one is being checked")
-        guesses[0].cancel()
-        guesses[1].cancel()
-        await asyncio.sleep(0.05)
-        gate.set()
-        assert await asyncio.gather(*guesses[2:]) == [False] * 3
-        assert most == 1
 
     def test_headers(self, write: Write) -> None:
         """Headers that the file sets are given, and empty ones are not."""

@@ -43,6 +43,11 @@ class Workers:
         """Run another *script* in a worker's environment, to its end."""
         subprocess.run([sys.executable, "-c", script], env=self._environment(settings), timeout=60, check=True)
 
+    def hold(self, process: subprocess.Popen[bytes]) -> None:
+        """Stop it: it lives, and neither sweeps nor notices what is done to its files."""
+        process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         process.kill()
         process.wait()
