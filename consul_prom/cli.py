@@ -112,7 +112,8 @@ def _flag(name: str) -> str:
 def _option(row: Row) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """All are taken, and few shown: a screen has room for those that one looks for."""
     help_ = f"{row.help} [{row.env}]"
-    return click.option(_flag(row.name), row.name, metavar="TEXT", help=help_, hidden=row.name not in _SHOWN)
+    kind = click.Path(readable=False) if row.kind == "path" else str  # which a shell completes; we check it
+    return click.option(_flag(row.name), row.name, type=kind, metavar="TEXT", help=help_, hidden=row.name not in _SHOWN)
 
 
 @commands.command("list")
@@ -450,7 +451,9 @@ def completion(shell: str) -> None:
     kind = get_completion_class(shell)
     if kind is None:
         raise _Failure(f"click knows no completion for {shell}")
-    click.echo(kind(commands, {}, "consul-prom", "_CONSUL_PROM_COMPLETE").source())
+    source = kind(commands, {}, "consul-prom", "_CONSUL_PROM_COMPLETE").source()
+    # click parts what fish gets at commas, which are in our words too.
+    click.echo(source.replace('string split ","', 'string split --max 1 ","'))
 
 
 @commands.command()

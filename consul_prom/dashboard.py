@@ -208,6 +208,7 @@ def grafana(settings: Settings) -> str:
         "graphTooltip": 1,
         "refresh": "30s",
         "time": {"from": "now-1h", "to": "now"},
+        "annotations": {"list": []},
         "templating": {"list": list(_variables(settings))},
         "panels": list(_panels()),
     }
@@ -266,10 +267,21 @@ def _panel(panel: Panel, number: int, place: Mapping[str, int]) -> dict[str, Any
     }
 
 
+# All that Grafana's schema requires, though Grafana itself fills most of it in.
 _OPTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "stat": {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "value", "graphMode": "area"},
+    "stat": {
+        "reduceOptions": {"calcs": ["lastNotNull"]},
+        "colorMode": "value",
+        "graphMode": "area",
+        "justifyMode": "auto",
+        "orientation": "auto",
+        "textMode": "auto",
+        "wideLayout": True,
+        "showPercentChange": False,
+        "percentChangeColorMode": "standard",
+    },
     "timeseries": {
-        "legend": {"displayMode": "list", "placement": "bottom"},
+        "legend": {"displayMode": "list", "placement": "bottom", "showLegend": True, "calcs": []},
         "tooltip": {"mode": "multi", "sort": "desc"},
     },
 }

@@ -134,22 +134,6 @@ def test_completion(shell: str) -> None:
     assert "_CONSUL_PROM_COMPLETE" in text
 
 
-def test_completion_in_bash(tmp_path: Path) -> None:
-    """A real bash completes commands and options with it."""
-    (tmp_path / "consul-prom").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m consul_prom "$@"\n')
-    (tmp_path / "consul-prom").chmod(0o755)
-    _, env = command(PATH=f"{tmp_path}:{os.environ['PATH']}")
-    for words, expected in (("doc", "doctor"), ("config gr", "grafana"), ("top --on", "--once")):
-        script = (
-            'eval "$(consul-prom completion bash)"\n'
-            f"COMP_WORDS=(consul-prom {words}) COMP_CWORD={len(words.split())}\n"
-            'COMP_LINE="${COMP_WORDS[*]}"\n'
-            '_consul_prom_completion consul-prom\necho "${COMPREPLY[@]}"\n'
-        )
-        done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60, check=True)
-        assert done.stdout.split() == [expected], done.stderr
-
-
 def test_no_color(agent: DevAgent) -> None:
     """NO_COLOR is heeded in a terminal, where there is colour otherwise."""
     arguments = ("doctor", "--service=shop", f"--consul-http-addr={agent.url}")
