@@ -23,6 +23,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from consul_prom import snippets
 from consul_prom.devagent import DevAgent, running
+from consul_prom.errors import DemoError
 from consul_prom.registration import origin
 from consul_prom.screen import Screen
 from consul_prom.settings import child_environment, load
@@ -62,10 +63,6 @@ async def get_application():
     consul_prom.setup(app, service="shop")
     return app
 """
-
-
-class DemoError(Exception):
-    """The demo cannot go on, or did not see what it promises; the message says what, in sentences."""
 
 
 class Target(NamedTuple):

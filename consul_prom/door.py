@@ -16,10 +16,9 @@ from contextlib import suppress
 from typing import Final
 
 from consul_prom.sparing import SparingLog
+from consul_prom.values import Network
 
 log = logging.getLogger(__name__)
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PLACES: Final = 128
 FIRST_REQUEST: Final = 10.0

@@ -10,9 +10,10 @@ from typing import Any, Final
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import BaseRequest, Response, Server, StreamResponse
 
-from consul_prom.door import Door, Network
+from consul_prom.door import Door
 from consul_prom.errors import EndpointError
 from consul_prom.scrape import Render, Scrapes
+from consul_prom.values import Network
 from consul_prom.webconfig import WebConfig
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ ConsulPromError
 ├── SlotError                the directory or a lock cannot be used
 ├── LedgerError              the counters cannot be kept in a file, and live in memory
 ├── EndpointError            the metrics server cannot start, stop or answer
+├── DemoError                the demo cannot go on, or did not see what it promises
 └── AgentError               the Consul agent did not do what was asked
     ├── AgentUnreachable     no connection: refused, no such host, TLS, reset
     ├── AgentTimeout         no answer in time; what was asked may still take effect
@@ -40,6 +41,10 @@ class LedgerError(ConsulPromError):
 
 
 class EndpointError(ConsulPromError):
+    pass
+
+
+class DemoError(ConsulPromError):
     pass
 
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from consul_prom.settings import TAG, Settings, parse_duration
+from consul_prom.settings import TAG, Settings
 from consul_prom.slots import MASTER, Slot, directory_id, place, process_identity
+from consul_prom.values import parse_duration
 
 HEALTH_PATH: Final = "/-/healthy"
 MARKER: Final = {"external-source": "consul-prom", "managed_by": "consul-prom"}

@@ -75,11 +75,17 @@ class Screen:
 
     @contextmanager
     def live(self) -> Iterator[Callable[[Sequence[str]], None]]:
-        """Lines that replace each other, as many as the terminal is high; the first two stay. A pipe gets them all."""
-        with Live(console=self._console, auto_refresh=False, screen=self.is_terminal) as live:
+        """Lines that replace each other, as many as the terminal is high; the first two stay.
+
+        A pipe gets all of them, each time.
+        """
+        if not self.is_terminal:
+            yield lambda lines: self.verbatim("\n".join(lines))
+            return
+        with Live(console=self._console, auto_refresh=False, screen=True) as live:
 
             def show(lines: Sequence[str]) -> None:
-                room = self._console.height - 1 if self.is_terminal else len(lines)
+                room = self._console.height - 1
                 shown = [*lines[:room], f"and {len(lines) - room} more"] if len(lines) > room + 1 else lines
                 text = Text("\n".join(self._clean(line) for line in shown), no_wrap=True, overflow="crop")
                 live.update(text, refresh=True)

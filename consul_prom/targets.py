@@ -10,7 +10,8 @@ from urllib.parse import urlencode
 
 from consul_prom.finding import Finding, listed, number_of
 from consul_prom.registration import origin
-from consul_prom.settings import Settings, parse_duration
+from consul_prom.settings import Settings
+from consul_prom.values import parse_duration
 
 FEW_SCRAPES: Final = 4
 PATIENCE: Final = 10.0

@@ -37,8 +37,8 @@ _SAMPLE: Final = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([^ ]+)$", re.MULTILINE)
 _LE: Final = re.compile(r'(?:^|,)le="([^"]+)"')
 
 
-class Place(NamedTuple):
-    """Where a worker is, by its entry."""
+class Target(NamedTuple):
+    """Where its page is, by its entry."""
 
     instance: str
     scheme: str
@@ -103,22 +103,22 @@ def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
     return None
 
 
-class Worker:
-    """One worker over time."""
+class Track:
+    """One target over time."""
 
     def __init__(self) -> None:
         self._before: Page | None = None
         self._rates: deque[float] = deque(maxlen=HISTORY)
         self._scraped_at: float | None = None
 
-    def row(self, place: Place, page: Page | str) -> Reading:
+    def row(self, target: Target, page: Page | str) -> Reading:
         """What to show of *page*, or of the word why there is none."""
         if isinstance(page, str):
             self._before = None
-            return Reading(place.instance, page)
+            return Reading(target.instance, page)
         before, values = self._before, page.values
         self._before = page
-        if place.adopted:
+        if target.adopted:
             self._scraped_at = None  # its page does not tell
         else:
             self._note_scrape(before, values)
@@ -138,8 +138,8 @@ class Worker:
                 "p99": quantile(0.99, deltas),
             }
         return Reading(
-            place.instance,
-            "adopted" if place.adopted else "up",
+            target.instance,
+            "adopted" if target.adopted else "up",
             history=tuple(self._rates),
             in_progress=values.get("http_requests_in_progress"),
             memory=values.get("process_resident_memory_bytes"),
@@ -157,24 +157,24 @@ class Worker:
 
 
 async def watch(
-    settings: Settings, agent: AgentClient, *, interval: float, look: Callable[[Place], Page | str] | None = None
+    settings: Settings, agent: AgentClient, *, interval: float, look: Callable[[Target], Page | str] | None = None
 ) -> AsyncGenerator[list[Reading]]:
     """The rows of all workers, each *interval* seconds, for ever."""
-    workers: dict[str, Worker] = {}
+    tracks: dict[str, Track] = {}
     loop = asyncio.get_running_loop()
     with ThreadPoolExecutor(READERS) as readers:
         while True:
             begun = time.monotonic()
-            places = await _places(settings, agent)
-            pages = await asyncio.gather(*(loop.run_in_executor(readers, look or read, place) for place in places))
+            targets = await _targets(settings, agent)
+            pages = await asyncio.gather(*(loop.run_in_executor(readers, look or read, target) for target in targets))
             yield [
-                workers.setdefault(place.instance, Worker()).row(place, page)
-                for place, page in zip(places, pages, strict=True)
+                tracks.setdefault(target.instance, Track()).row(target, page)
+                for target, page in zip(targets, pages, strict=True)
             ]
             await asyncio.sleep(max(begun + interval - time.monotonic(), 0))
 
 
-async def _places(settings: Settings, agent: AgentClient) -> list[Place]:
+async def _targets(settings: Settings, agent: AgentClient) -> list[Target]:
     """Of the catalogue, which has all hosts'; with a token that may not read nodes, of the agent.
 
     The page of Gunicorn's masters is no worker's.
@@ -186,21 +186,21 @@ async def _places(settings: Settings, agent: AgentClient) -> list[Place]:
         entries = await caretaker.entries(agent, service=settings.service)
         pairs = [(entry["Meta"], entry["Address"], entry["Port"]) for entry in entries]
     return [
-        Place(meta["instance"], meta.get("scheme", "http"), address, port, "adopted" in meta)
+        Target(meta["instance"], meta.get("scheme", "http"), address, port, "adopted" in meta)
         for meta, address, port in pairs
         if "instance" in meta and (is_worker(meta) or "adopted" in meta)
     ]
 
 
-def read(place: Place) -> Page | str:
+def read(target: Target) -> Page | str:
     """A worker's page, or in a word why there is none. Whom it belongs to is not verified: it is only shown."""
     connection: http.client.HTTPConnection
-    if place.scheme == "https":
+    if target.scheme == "https":
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        connection = http.client.HTTPSConnection(place.address, place.port, timeout=PATIENCE, context=context)
+        connection = http.client.HTTPSConnection(target.address, target.port, timeout=PATIENCE, context=context)
     else:
-        connection = http.client.HTTPConnection(place.address, place.port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection(target.address, target.port, timeout=PATIENCE)
     try:
         with closing(connection):
             connection.request("GET", f"/metrics?{_QUERY}", headers={"Accept": "text/plain;version=0.0.4"})

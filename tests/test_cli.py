@@ -123,8 +123,36 @@ def test_help_fits_a_screen() -> None:
         text = CliRunner().invoke(cli.commands, (*name.split(), "--help"), terminal_width=80).stdout
         assert len(text.splitlines()) <= 32, name
         assert max(map(len, text.splitlines())) <= 80, name
+        assert "..." not in text.partition("\n")[2], name
     for name in ("", "list", "deregister", "doctor", "top", "config prometheus", "completion"):
         assert "Example" in CliRunner().invoke(cli.commands, (*name.split(), "--help")).stdout
+
+
+def test_reader_that_goes_away(agent: DevAgent) -> None:
+    """What shows a table for ever shows it to a pipe too, time after time, and ends when nobody reads it any more."""
+    line, env = command("top", "--service", "shop", "--interval", "0.2", CONSUL_HTTP_ADDR=agent.url)
+    process = subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    shown, errors = process.stdout, process.stderr
+    assert shown
+    assert errors
+    with errors:
+        try:
+            with shown:
+                for _ in range(2):
+                    assert shown.readline() == f"The agent at {agent.url} shows us no worker of the service shop.\n"
+            assert process.wait(30) == 1
+            assert errors.read() == ""
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_full_disk() -> None:
+    """What cannot be written is one sentence."""
+    line, env = command("config", "rules", "--service", "shop")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(line, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr) == (1, "Error: No space left on device\n")
 
 
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])

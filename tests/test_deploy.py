@@ -15,7 +15,7 @@ import yaml
 from click.testing import CliRunner
 
 from consul_prom import cli
-from consul_prom.settings import parse_duration
+from consul_prom.values import parse_duration
 from tests.services.binaries import require
 from tests.services.building import CONSUL, PROMETHEUS
 from tests.services.consul import Consul

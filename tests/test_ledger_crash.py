@@ -3,11 +3,14 @@
 What stands between two lines of Python is a call of the system at most, so this stops before and after each of them.
 """
 
+import itertools
 import mmap
 import os
 import shutil
 import sys
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -85,6 +88,15 @@ class Shop:
             self.tally.put(series, SHOWN, value)
 
 
+def _page(path: Path) -> dict[str, int]:
+    """What the next worker shows. It is closed, or each fork after it would copy one mapping more."""
+    shop = Shop(path)
+    try:
+        return shop.page()
+    finally:
+        shop.continued.close()
+
+
 def prepare(path: Path) -> None:
     """The ledger of a worker before, which was killed."""
     shop = Shop(path)
@@ -110,7 +122,7 @@ def test_killed_anywhere(tmp_path: Path) -> None:
     """The next worker continues with all that was counted: no less than was shown or done, no more than was tried."""
     tally, points = _points(tmp_path, live, lambda path, tally: lambda: Shop(path, tally))
     for _ in points:
-        page = Shop(tmp_path / "ledger").page()
+        page = _page(tmp_path / "ledger")
         for series in SERIES:
             base, value = BASE.get(series, 0), page.get(series, 0)
             early = 4 * (series == "old") + 3 * (series == "early")  # counted before the ledger was opened
@@ -135,7 +147,7 @@ def test_killed_in_growth(tmp_path: Path) -> None:
 
     tally, points = _points(tmp_path, grow, Shop)
     for _ in points:
-        page = Shop(tmp_path / "ledger").page()
+        page = _page(tmp_path / "ledger")
         for series in ("old", "new", "kept"):
             early = 4 * (series == "old")
             base = BASE.get(series, 0)
@@ -156,7 +168,7 @@ def test_killed_in_removal(tmp_path: Path) -> None:
     _, points = _points(tmp_path, remove, Shop)
     seen = set()
     for _ in points:
-        page = Shop(tmp_path / "ledger").page()
+        page = _page(tmp_path / "ledger")
         seen.add((page.get("reborn"), page["reset"]))
     assert seen == {(30, 40), (None, 40), (0, 40), (1, 40), (None, 0), (None, 2)}
 
@@ -212,49 +224,83 @@ class _Failing:
 
 
 def _points(tmp_path: Path, act: Callable[[Any], None], begin: Callable[[Path, Tally], Any]) -> tuple[Tally, Any]:
-    """For each line of ours that *act* runs on what *begin* gives, the ledger of a process that is killed before it."""
+    """The ledger of a process that is killed before each line of ours that *act* runs on what *begin* gives.
+
+    A line before which all is as it was before the last one is left out.
+    """
     path, kept, tally = tmp_path / "ledger", tmp_path / "kept", Tally()
     prepare(kept)
 
+    def reset() -> None:
+        shutil.copy(kept, path)
+        tally.clear()
+
+    def state() -> tuple[object, ...]:
+        return tally.memory[:], *((file.name, zlib.crc32(file.read_bytes())) for file in sorted(tmp_path.iterdir()))
+
     def points() -> Any:
-        line = 0
-        while True:
-            shutil.copy(kept, path)
-            tally.clear()
-            line += 1
-            outcome = _killed_at(line, act, lambda: begin(path, tally))
+        reset()
+        lines = _changes(state, act, lambda: begin(path, tally))
+        assert lines[-1] > 50
+        for line in lines:
+            reset()
+            assert _outcome(partial(_run, act, lambda: begin(path, tally), partial(_die_at, line))) == KILLED
             yield line
-            if outcome == WHOLE:
-                assert line > 50
-                return
+        reset()
+        assert _outcome(partial(_run, act, lambda: begin(path, tally), lambda _line: None)) == WHOLE
+        yield None
 
     return tally, points()
 
 
-def _killed_at(line: int, act: Callable[[Any], None], begin: Callable[[], Any]) -> int:
+def _changes(state: Callable[[], object], act: Callable[[Any], None], begin: Callable[[], Any]) -> list[int]:
+    """The numbers of the lines before which the *state* is new."""
+    ours, theirs = os.pipe()
+    last: object = None
+
+    def look(line: int) -> None:
+        nonlocal last
+        before, last = last, state()
+        if last != before:
+            os.write(theirs, line.to_bytes(4, "big"))
+
+    assert _outcome(partial(_run, act, begin, look)) == WHOLE
+    os.close(theirs)
+    with os.fdopen(ours, "rb") as found:
+        numbers = found.read()
+    return [int.from_bytes(numbers[at : at + 4], "big") for at in range(0, len(numbers), 4)]
+
+
+def _die_at(last: int, line: int) -> None:
+    if line == last:
+        os._exit(KILLED)
+
+
+def _run(act: Callable[[Any], None], begin: Callable[[], Any], before: Callable[[int], None]) -> None:
+    """*act* on what *begin* gives; *before* is told the number of each line of ours that is about to run."""
+    numbers = itertools.count(1)
+
+    def trace(frame: FrameType, event: str, _argument: object) -> Any:
+        if frame.f_code.co_filename not in OURS:
+            return None
+        if event == "line":
+            before(next(numbers))
+        return trace
+
+    begun = begin()
+    sys.settrace(trace)
+    act(begun)
+    sys.settrace(None)
+
+
+def _outcome(run: Callable[[], None]) -> int:
+    """How a child that runs this ends."""
     pid = os.fork()
     if not pid:
         code = 1
         try:
-            left = line
-
-            def trace(frame: FrameType, event: str, _argument: object) -> Any:
-                nonlocal left
-                if frame.f_code.co_filename not in OURS:
-                    return None
-                if event == "line":
-                    left -= 1
-                    if not left:
-                        os._exit(KILLED)
-                return trace
-
-            begun = begin()
-            sys.settrace(trace)
-            act(begun)
-            sys.settrace(None)
+            run()
             code = WHOLE
         finally:
             os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in {WHOLE, KILLED}
-    return code
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

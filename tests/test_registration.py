@@ -27,8 +27,9 @@ from consul_prom.registration import (
     origin,
     parse_entry_id,
 )
-from consul_prom.settings import MANAGED_META, load
+from consul_prom.settings import load
 from consul_prom.slots import MASTER, Slot, acquire, process_identity
+from consul_prom.values import MANAGED_META
 from tests.conftest import MakeSettings
 
 SERVICES = st.from_regex(r"[a-z][a-z0-9-]{0,54}", fullmatch=True)

@@ -16,21 +16,15 @@ from hypothesis import strategies as st
 
 from consul_prom.errors import SettingsError
 from consul_prom.settings import (
-    MANAGED_META,
     ROWS,
-    AgentAddress,
     Arguments,
-    Ports,
-    Secret,
     Settings,
     check_worker,
     child_environment,
     load,
-    parse_bool,
-    parse_duration,
-    parse_list,
 )
 from consul_prom.slots import MASTER
+from consul_prom.values import MANAGED_META, AgentAddress, Ports, Secret, parse_bool, parse_duration, parse_list
 
 BY_NAME = {row.name: row for row in ROWS}
 

@@ -20,13 +20,13 @@ from click.testing import CliRunner
 from consul_prom import cli, top
 from consul_prom.client import AgentClient
 from consul_prom.settings import load
-from consul_prom.top import HEAD, Page, Place, Reading, Worker, line, ordered, parse, quantile, sparkline, total
+from consul_prom.top import HEAD, Page, Reading, Target, Track, line, ordered, parse, quantile, sparkline, total
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, meta
 
-PLACE = Place("web-1:0", "http", "127.0.0.1", 9100, adopted=False)
+TARGET = Target("web-1:0", "http", "127.0.0.1", 9100, adopted=False)
 BUCKETS = 'http_request_duration_seconds_bucket{{method="GET",route="/",le="{}"}} {}\n'
 
 
@@ -65,50 +65,50 @@ class TestWorker:
 
     def test_rates(self) -> None:
         """Rates are those between two looks; the first has none."""
-        worker = Worker()
-        first = worker.row(PLACE, page(100, 10, process_cpu_seconds_total=1))
+        track = Track()
+        first = track.row(TARGET, page(100, 10, process_cpu_seconds_total=1))
         assert (first.requests, first.state, first.age) == (None, "up", 10)
-        second = worker.row(PLACE, page(102, 30, process_cpu_seconds_total=2))
+        second = track.row(TARGET, page(102, 30, process_cpu_seconds_total=2))
         assert (second.requests, second.cpu, second.history) == (10, 0.5, (10,))
 
     def test_successor(self) -> None:
         """Another process in the slot is no rate of before."""
-        worker = Worker()
-        worker.row(PLACE, page(100, 1000))
-        row = worker.row(PLACE, page(102, 3, process_start_time_seconds=101.0))
+        track = Track()
+        track.row(TARGET, page(100, 1000))
+        row = track.row(TARGET, page(102, 3, process_start_time_seconds=101.0))
         assert (row.requests, row.age) == (None, 1)
 
     def test_unreadable(self) -> None:
         """One that cannot be read shows why, and begins anew afterwards."""
-        worker = Worker()
-        worker.row(PLACE, page(100, 10))
-        assert worker.row(PLACE, "refused") == Reading("web-1:0", "refused")
-        assert worker.row(PLACE, page(104, 20)).requests is None
+        track = Track()
+        track.row(TARGET, page(100, 10))
+        assert track.row(TARGET, "refused") == Reading("web-1:0", "refused")
+        assert track.row(TARGET, page(104, 20)).requests is None
 
     def test_scrapes_of_others(self) -> None:
         """Our own looks are no scrapes: only somebody else's count."""
-        worker = Worker()
-        row = worker.row(PLACE, page(100, consul_prom_scrapes_total=7, consul_prom_last_scrape_timestamp_seconds=95.0))
+        track = Track()
+        row = track.row(TARGET, page(100, consul_prom_scrapes_total=7, consul_prom_last_scrape_timestamp_seconds=95.0))
         assert row.scraped == 5
-        row = worker.row(PLACE, page(102, consul_prom_scrapes_total=8, consul_prom_last_scrape_timestamp_seconds=100.0))
+        row = track.row(TARGET, page(102, consul_prom_scrapes_total=8, consul_prom_last_scrape_timestamp_seconds=100.0))
         assert row.scraped == 7
-        row = worker.row(
-            PLACE, page(104, consul_prom_scrapes_total=10, consul_prom_last_scrape_timestamp_seconds=103.0)
+        row = track.row(
+            TARGET, page(104, consul_prom_scrapes_total=10, consul_prom_last_scrape_timestamp_seconds=103.0)
         )
         assert row.scraped == 1
 
     def test_never_scraped(self) -> None:
         """Nobody scraped yet is no time."""
-        row = Worker().row(PLACE, page(100, consul_prom_scrapes_total=0, consul_prom_last_scrape_timestamp_seconds=0))
+        row = Track().row(TARGET, page(100, consul_prom_scrapes_total=0, consul_prom_last_scrape_timestamp_seconds=0))
         assert row.scraped is None
 
     def test_adopted(self) -> None:
         """The page of a slot without a worker is told apart, and shows nothing of a process."""
-        worker = Worker()
-        worker.row(PLACE, page(99, process_cpu_seconds_total=7, consul_prom_last_scrape_timestamp_seconds=98.0))
+        track = Track()
+        track.row(TARGET, page(99, process_cpu_seconds_total=7, consul_prom_last_scrape_timestamp_seconds=98.0))
         for at in (100, 102):
             last = parse("http_requests_total 10\nconsul_prom_scrapes_total 99\n", at=at)
-            row = worker.row(PLACE._replace(adopted=True), last)
+            row = track.row(TARGET._replace(adopted=True), last)
             assert row.state == "adopted"
             assert {row.cpu, row.memory, row.age, row.lag, row.scraped} == {None}
         assert row.requests == 0
@@ -247,13 +247,13 @@ async def test_hundreds(shop: Any) -> None:
     real = next(it for it in consul.call("/v1/agent/services")[1].values() if it["Meta"]["slot"] == "0")
     settings = load({"service": "shop", "consul_http_addr": consul.url}, environ={})
     agent = AgentClient(settings)
-    places = [Place(f"web-1:{slot}", "http", real["Address"], real["Port"], adopted=False) for slot in range(300)]
+    targets = [Target(f"web-1:{slot}", "http", real["Address"], real["Port"], adopted=False) for slot in range(300)]
 
-    async def everywhere(_settings: object, _agent: object) -> list[Place]:
-        return places
+    async def everywhere(_settings: object, _agent: object) -> list[Target]:
+        return targets
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(top, "_places", everywhere)
+        patch.setattr(top, "_targets", everywhere)
         looks = top.watch(settings, agent, interval=0.2)
         for _ in range(2):
             rows = await anext(looks)

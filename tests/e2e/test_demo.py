@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from consul_prom import cli, demo
 from consul_prom.devagent import running
+from consul_prom.errors import DemoError
 from tests.services.prometheus import promtool_check_config
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE
@@ -280,7 +281,7 @@ def test_hanging_server_is_killed(home: Home, tmp_path: Path, monkeypatch: pytes
 
 def test_only_workers_are_killed(tmp_path: Path) -> None:
     """A pid that the agent names is killed only if it is one of Gunicorn's, whoever registered it."""
-    refused = pytest.raises(demo.DemoError, match="none of Gunicorn's")
+    refused = pytest.raises(DemoError, match="none of Gunicorn's")
     with subprocess.Popen(["sleep", "60"]) as bystander:
         with running() as agent, demo._Gunicorn(tmp_path, agent) as server, refused:
             server.kill(bystander.pid)
