@@ -6,7 +6,8 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from operator import itemgetter
+from itertools import repeat
+from operator import getitem, is_not, itemgetter
 from typing import Any, Final
 
 from prometheus_client import Counter, Histogram, Summary, values
@@ -102,11 +103,11 @@ class CellValue:
 
 def reader(found: Sequence[CellValue]) -> Callable[[], Sequence[float]]:
     """How to read the totals of *found*, in one step, for as long as none of them moves; meanwhile none may."""
-    places = [(value._cells, value._index) for value in found]
-    cells = places[0][0]
-    if len(found) == 1 or any(other is not cells for other, _ in places):
-        return lambda: [cells[index] for cells, index in places]
-    return partial(itemgetter(*[index for _, index in places]), cells)
+    cells = [value._cells for value in found]
+    indexes = [value._index for value in found]
+    if len(found) == 1 or any(map(is_not, cells, repeat(cells[0]))):
+        return lambda: list(map(getitem, cells, indexes))
+    return partial(itemgetter(*indexes), cells[0])
 
 
 class _Replaced(values.MutexValue):

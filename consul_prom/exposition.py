@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 from consul_prom.continued import ContinuedRegistry
 from consul_prom.family import Encode, Family
-from consul_prom.kinds import known
+from consul_prom.kinds import FAMILIES, is_known, known
 from consul_prom.source import Only, Plain, Source
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,11 @@ class Renderer:
         """Each the work of less than a millisecond; some are empty. No lock is held between two."""
         if names:
             yield asked.encode(self._registry.restricted_registry(names))
-        elif not known() or type(self._registry) not in {CollectorRegistry, ContinuedRegistry}:
+            return
+        for kind in FAMILIES:
+            is_known(kind)  # once in a process, it has to find out
+            yield b""
+        if not known() or type(self._registry) not in {CollectorRegistry, ContinuedRegistry}:
             yield asked.encode(self._registry)
         else:
             yield from self._page(asked)

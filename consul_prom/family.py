@@ -9,7 +9,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, compress, count
 from operator import ne
 from typing import Any, ClassVar, Final
@@ -53,12 +53,13 @@ METHODS: Final = {
 class _Section:
     """A head, and the form of one series below it; text 0.0.4 has the times of creation in a second section.
 
-    `form` is for ``str.format`` with label values and time of creation. In place of a number and the end of its line
-    it has an empty line, which is in no line's text.
+    `form` is for ``%`` with what the `columns` of these numbers have for a series: label values, time of creation. In
+    place of a number and the end of its line it has an empty line, which is in no line's text.
     """
 
     head: bytes = b""
     form: str = ""
+    columns: list[int] = field(default_factory=list)
     has_numbers: bool = False
 
 
@@ -158,16 +159,19 @@ class Family:
                 is_number = float(value) != _CREATED
                 if is_number and float(value) != next(places):
                     raise ValueError("numbers in another order")
-                self.sections[-1].form += self._blank(prefix, is_number=is_number)
-                self.sections[-1].has_numbers |= is_number
+                self._add_line(self.sections[-1], prefix, is_number=is_number)
         if sum(section.has_numbers for section in self.sections) > 1:
             raise ValueError("numbers in two places")
 
-    def _blank(self, prefix: str, *, is_number: bool) -> str:
-        """A line's form. What stands between marks is as it is in every series."""
-        pieces = prefix.replace("{", "{{").replace("}", "}}").split("\0")
-        pieces[1::2] = [f"{{{number}}}" for number in pieces[1::2]]
-        return f"{''.join(pieces)} {_GAP if is_number else f'{{{len(self._collector._labelnames)}}}'}\n"
+    def _add_line(self, section: _Section, prefix: str, *, is_number: bool) -> None:
+        """To a section's form. What stands between marks is as it is in every series."""
+        pieces = prefix.replace("%", "%%").split("\0")
+        section.columns += map(int, pieces[1::2])
+        pieces[1::2] = ["%s"] * len(pieces[1::2])
+        section.form += f"{''.join(pieces)} {_GAP if is_number else '%s'}\n"
+        section.has_numbers |= is_number
+        if not is_number:
+            section.columns.append(len(self._collector._labelnames))
 
     def parts(self) -> Sequence[object]:
         """What the form depends on beside names and documentation."""
@@ -206,7 +210,7 @@ class _Block:
             self._read = _reader(self._values, family.readers)
         self._numbers: Any = [None] * (len(children) * len(family.suffixes()))
         columns = self._columns()
-        self._sections = [_fill(section.form, columns) for section in family.sections]
+        self._sections = [_fill(section, columns) for section in family.sections]
         self._numbered = max(self._sections, key=len)
 
     def is_of(self, children: list[Any]) -> bool:
@@ -223,11 +227,10 @@ class _Block:
     def write(self) -> Iterator[bytes]:
         """The lines of all series, for each section."""
         family = self._family
-        texts: dict[bytes, bytes] = {}
+        texts = _Texts()
         numbers = family.numbers(self._children, self._read())
         for place in compress(count(), map(family.differs, numbers, self._numbers)):
-            text = f"{_text(numbers[place])}\n".encode()
-            self._numbered[2 * place + 1] = texts.setdefault(text, text)  # many are equal
+            self._numbered[2 * place + 1] = texts[numbers[place] or str(numbers[place])]  # 0.0 equals -0.0
         if family.shows_exemplars:
             self._add_exemplars(numbers)
         self._numbers = array("d", numbers) if family.differs is ne else numbers
@@ -254,9 +257,10 @@ class _Block:
         return [child._created for child in children] if self._family.has_created else []
 
 
-def _fill(form: str, columns: Sequence[Sequence[str]]) -> list[bytes]:
+def _fill(section: _Section, columns: Sequence[Sequence[str]]) -> list[bytes]:
     """What stands between the numbers, and room for them."""
-    between = "".join(map(form.format, *columns)).encode().split(b"\n\n")
+    rows = zip(*[columns[number] for number in section.columns], strict=True) if section.columns else [()]
+    between = "".join([section.form % row for row in rows]).encode().split(b"\n\n")
     lines = [b""] * (2 * len(between) - 1)
     lines[::2] = between
     return lines
@@ -277,6 +281,14 @@ def _check(collector: Any) -> None:
     own = all(getattr(getattr(collector, name), "__func__", None) is METHODS[kind, name] for name in _OF_FAMILY)
     if not own or any(getattr(kind, name) is not METHODS[kind, name] for name in _OF_SERIES):
         raise TypeError("a metric with methods of its own")
+
+
+class _Texts(dict[Any, bytes]):
+    """Numbers, or their texts, as the library ends a line with them. Many are equal, and share one."""
+
+    def __missing__(self, number: Any) -> bytes:
+        text = self[number] = f"{_text(number)}\n".encode()
+        return text
 
 
 def _text(number: Any) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 from operator import is_not
-from typing import Any
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Summary, values
 from prometheus_client import exposition as text
@@ -103,23 +103,26 @@ class _Enums(Family):
         return [1.0 if state == child._value else 0.0 for child in children for state in states]
 
 
+FAMILIES: Final = {Counter: _Counters, Gauge: _Gauges, Summary: _Summaries, Histogram: _Histograms, Enum: _Enums}
+
+
 def _asked(gauge: Any) -> float:
     """What the function of a gauge says."""
     ((_, _, value, *_),) = gauge._child_samples()
     return float(value)
 
 
-@cache
 def known() -> dict[type, type[Family]]:
     """Our families by the library's classes, as far as they write the same as the library that is installed."""
+    return {kind: family for kind, family in FAMILIES.items() if is_known(kind)}
+
+
+@cache
+def is_known(kind: Any) -> bool:
+    """Whether our family writes two series of *kind* as the library does, in both formats. A millisecond once."""
     if values.ValueClass is not values.MutexValue:  # multiprocess mode: its values are files
-        return {}
-    families = {Counter: _Counters, Gauge: _Gauges, Summary: _Summaries, Histogram: _Histograms, Enum: _Enums}
-    return {kind: family for kind, family in families.items() if _is_right(kind, family)}
-
-
-def _is_right(kind: Any, family: type[Family]) -> bool:
-    """Whether *family* writes two series of *kind* as the library does, in both formats."""
+        return False
+    family = FAMILIES[kind]
     try:
         options = {"states": ["up", "down"]} if kind is Enum else {}
         metric = kind("a.b", 'Odd "\\\n".', ["b", "a.c"], registry=None, **options)

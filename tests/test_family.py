@@ -21,7 +21,7 @@ from unittest.mock import Mock
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary, metrics, values
 from prometheus_client import exposition as text
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -289,6 +289,7 @@ class Generations(Application):
             except ValueError:  # the name is taken by a metric of another generation
                 continue
 
+    @precondition(lambda self: self.source is not self.registry)  # it has not left for good
     @rule(comes_back=st.booleans())
     def leave(self, *, comes_back: bool) -> None:
         """The worker stops, and values live in memory, for good or until it starts again."""
@@ -538,18 +539,18 @@ class TestLeftToTheLibrary:
 
     def test_multiprocess_mode(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """In multiprocess mode values are files, and the library's own affair."""
-        kinds.known.cache_clear()
+        kinds.is_known.cache_clear()
         monkeypatch.setattr(values, "ValueClass", type("MmapedValue", (values.MutexValue,), {}))
         try:
             Counter("reqs", "-", registry=registry).inc()
             _same(registry, Renderer(registry))
             assert kinds.known() == {}
         finally:
-            kinds.known.cache_clear()
+            kinds.is_known.cache_clear()
 
     def test_library_that_writes_otherwise(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where a version of the library keeps its numbers otherwise, its class is left to it, and the others not."""
-        kinds.known.cache_clear()
+        kinds.is_known.cache_clear()
         monkeypatch.setattr(kinds._Summaries, "values", lambda _self, children: [child._total for child in children])
         monkeypatch.setattr(kinds._Histograms, "suffixes", lambda _self: ["_bucket", "_gsum"])
         monkeypatch.setattr(kinds._Counters, "numbers", lambda _self, _children, read: [number + 1 for number in read])
@@ -559,7 +560,7 @@ class TestLeftToTheLibrary:
                 kind(kind.__name__, "-", registry=registry)
             _same(registry, Renderer(registry))
         finally:
-            kinds.known.cache_clear()
+            kinds.is_known.cache_clear()
 
     def test_all_are_known(self) -> None:
         """All classes but Info are ours in the version that is installed."""

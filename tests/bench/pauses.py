@@ -4,10 +4,13 @@
 
 Each round has all ways in turns, each in a process of its own, whose main thread first serves a trivial request and
 then does nothing but look at the clock: the longest time between two looks is how long the interpreter was kept from
-it. Without scrapes is what the machine itself does to both.
+it. Without scrapes, at both ends of each round, is what the machine itself does to both: a difference that these two
+have as well says nothing. What the application made before, Python's garbage collector has seen when a round begins:
+that is no scrape's doing, though the first might set it off.
 """
 
 import asyncio
+import gc
 import json
 import random
 import statistics
@@ -29,7 +32,7 @@ from consul_prom.scrape import Render
 from consul_prom.thread import MetricsThread
 from tests.bench.exposition import ACCEPT, fill, library
 
-WAYS = ("no scrapes", "memory", "ledger", "generate_latest")
+WAYS = ("no scrapes", "memory", "ledger", "generate_latest", "again none")
 USES = 20  # of metrics in a request
 SCRAPER = """
 import http.client, sys, time
@@ -74,6 +77,7 @@ def measure(way: str, seconds: float, series: int) -> dict[str, float]:
     """One way's figures, in milliseconds."""
     with ExitStack() as stack:
         registry, uses = fill(series)
+        gc.collect()
         renders: dict[str, Any] = {
             "memory": Renderer(registry).render,
             "generate_latest": lambda *_: ({}, (library(registry) for _ in "1")),
