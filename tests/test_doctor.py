@@ -156,18 +156,23 @@ def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path)
         assert result.exit_code == 0, result.stdout
         assert "Alive and registered on this host: 2 workers." in result.stdout
         assert "The agent reaches 2 workers of this host." in result.stdout
+
+        def settled() -> Result:
+            assert prometheus.query_value(up) == 3
+            found = run("--prometheus", prometheus.url)
+            assert found.exit_code == 0, found.stdout
+            for alert in rules.ALERTS:
+                assert prometheus.query(rules._filled(alert.expression, load({"service": "shop"}, environ={}))) == []
+            return found
+
         os.kill(shop.pid, signal.SIGTTOU)
         wait_until(lambda: prometheus.query_value(workers) == 1, within=60, what="one worker less")
-        wait_until(lambda: prometheus.query_value(up) == 3, within=60, what="its slot adopted, and scraped")
-        result = run("--prometheus", prometheus.url)
-        assert result.exit_code == 0, result.stdout
+        result = wait_until(settled, within=60, what="its slot adopted, and all found by Prometheus where they are now")
         assert "on this host: 1 worker; adopted, without one: 1 slot." in result.stdout
         listed = CliRunner().invoke(cli.commands, "list", env=settings).stdout
         assert sorted(re.findall(" (adopted|alive) ", listed)) == ["adopted", "alive", "alive"]
         found = json.loads(CliRunner().invoke(cli.commands, ("top", "--json"), env=settings).stdout)
         assert sorted(row["state"] for row in found) == ["adopted", "up"]
-        for alert in rules.ALERTS:
-            assert prometheus.query(rules._filled(alert.expression, load({"service": "shop"}, environ={}))) == []
         assert "Connections that this host's workers hold: 1;" in result.stdout, (
             "a page that is served for another polls"
         )
