@@ -159,10 +159,10 @@ class Caretaker:
     async def _rest(self) -> None:
         """Until the next round; where slots are adopted, until the directory tells that somebody came or went."""
         glances = GLANCES if self._adoption else 1
-        before = slots.changes(self._directory, self._service)
+        before = slots.last_change(self._directory)
         for _ in range(glances):
             await self._sleep(ROUND / glances)
-            if slots.changes(self._directory, self._service) != before:
+            if slots.last_change(self._directory) != before:
                 return
 
     async def sweep(self) -> None:

@@ -5,6 +5,7 @@ gunicorn.conf.py may be ``consul_prom.gunicorn.install(globals())``. Settings co
 application is set up in code as well, the two are one worker.
 """
 
+import gc
 import importlib
 import importlib.util
 import logging
@@ -129,6 +130,7 @@ def _preload() -> None:
     """Import what a worker would."""
     importlib.import_module("consul_prom.worker")
     importlib.import_module("consul_prom.client").preload()
+    gc.collect()  # or each worker soon would: that writes to all objects, and no page of them is shared any more
 
 
 _OURS: Final = (on_starting, nworkers_changed, pre_fork, post_worker_init, worker_exit, child_exit, on_exit)

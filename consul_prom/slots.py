@@ -165,15 +165,14 @@ def remains(directory: Path, service: str = "*") -> list[Remains]:
     return found
 
 
-def changes(directory: Path, service: str) -> dict[str, int]:
-    """What differs as soon as a worker of *service* has come or gone, or a master has said something."""
-    prefix, found = f"{service}.", {}
-    with suppress(OSError), os.scandir(directory) as files:
-        for file in files:
-            if file.name.startswith(prefix) and not file.name.endswith(".ledger"):
-                with suppress(OSError):
-                    found[file.name] = file.stat(follow_symlinks=False).st_mtime_ns
-    return found
+def last_change(directory: Path) -> int:
+    """When a file last came, went or was replaced, in ns; 0 where there is no directory.
+
+    A worker that takes over a ledger replaces a file, and so does a master that has something to say.
+    """
+    with suppress(OSError):
+        return directory.stat().st_mtime_ns
+    return 0
 
 
 class Survey(NamedTuple):
@@ -285,14 +284,11 @@ def _read(path: Path) -> Note | None:
 
 def is_gone(pid: int, identity: str) -> bool:
     """Whether the process that had *identity* is gone, as far as can be seen from here."""
-    ours = (process_identity(os.getpid()) or "").split(".")
     try:
-        boot, namespace, _ = identity.split(".")
-    except ValueError:
+        (boot, namespace, _), here = identity.split("."), _here(Path("/proc"))
+    except (OSError, ValueError):
         return False
-    if boot != ours[0]:
-        return ours != [""]
-    return namespace == ours[1] and process_identity(pid) != identity
+    return boot != here[0] or (namespace == here[1] and process_identity(pid) != identity)
 
 
 def directory_id(directory: Path) -> str | None:
@@ -309,7 +305,7 @@ def process_identity(pid: int, *, proc: Path = Path("/proc")) -> str | None:
     None where the process is gone (a zombie is), or the system has no /proc to tell.
     """
     try:
-        boot, namespace = _boot(proc), (proc / "self/ns/pid").readlink().name.removeprefix("pid:[").removesuffix("]")
+        boot, namespace = _here(proc)
         status = (proc / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
@@ -324,6 +320,11 @@ def process_age(identity: str | None) -> float:
         return max(time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"), 0.0)
     except (AttributeError, IndexError, ValueError, OSError):
         return 0.0
+
+
+def _here(proc: Path) -> tuple[str, str]:
+    """The boot and the pid namespace that we are in."""
+    return _boot(proc), os.readlink(f"{proc}/self/ns/pid").removeprefix("pid:[").removesuffix("]")  # noqa: PTH115
 
 
 @cache

@@ -1,5 +1,6 @@
 """Gunicorn's hooks, and how they live beside the user's own; what they do is shown on the real Gunicorn in e2e."""
 
+import gc
 import importlib
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,14 @@ def test_install_twice() -> None:
     hooks.install(namespace)
     assert namespace == once
     assert namespace["on_exit"] is hooks.on_exit
+
+
+def test_collected_before_the_fork() -> None:
+    """What the master has imported is collected by the master: a worker that did it would share no page with others."""
+    hooks._preload()  # from here on all is imported
+    before = gc.get_stats()[2]["collections"]
+    hooks._preload()
+    assert gc.get_stats()[2]["collections"] == before + 1
 
 
 @pytest.mark.parametrize(

@@ -326,24 +326,22 @@ class TestAdopted:
             newborn = slots.acquire(slot_directory, "shop")
         assert (newborn.number, slot.wanted) == (1, False)
 
-    def test_changes(self, slot: slots.Slot, slot_directory: Path) -> None:
-        """Whoever comes, goes or is adopted changes something; a look changes nothing, nor do others."""
+    def test_last_change(self, slot: slots.Slot, slot_directory: Path) -> None:
+        """Whoever comes, or replaces a file, changes it; a look changes nothing, nor does a note in a slot's file."""
 
-        def seen() -> dict[str, int]:
+        def seen() -> int:
             time.sleep(0.01)  # a file system's clock ticks each 4 ms
-            return slots.changes(slot_directory, "shop")
+            return slots.last_change(slot_directory)
 
         before = seen()
         slots.survey(slot_directory, "shop")
-        slots.acquire(slot_directory, "till").settle()
-        assert seen() == before
-        another = slots.acquire(slot_directory, "shop")
-        assert (came := seen()) != before
-        another.settle()
-        assert (went := seen()) != came
         slot.adopt()
-        assert seen() != went
-        assert slots.changes(slot_directory / "missing", "shop") == {}
+        assert seen() == before
+        slots.acquire(slot_directory, "shop")
+        assert (came := seen()) != before
+        (slot_directory / "id").replace(slot_directory / "shop.0.ledger")
+        assert seen() != came
+        assert slots.last_change(slot_directory / "missing") == 0
 
     def test_survey(self, slot: slots.Slot, slot_directory: Path) -> None:
         """It is vacant, as those are that were settled, or whose worker is dead."""

@@ -12,6 +12,8 @@ import sys
 import tempfile
 from typing import Final
 
+from tests.bench import bytecode
+
 STEPS: Final = (
     ("aiohttp.web", "import aiohttp.web"),
     ("prometheus_client", "import prometheus_client"),
@@ -39,6 +41,7 @@ worker.stop()
 
 def main(rounds: int) -> None:
     """Print the table."""
+    bytecode.prepare()
     runs = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as directory:

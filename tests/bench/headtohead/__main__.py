@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from tests.bench import bytecode
 from tests.bench.headtohead.chart import svg
 from tests.bench.headtohead.measure import Figures, cell, costs, guarded, recycles
 from tests.bench.headtohead.plan import CONTENDERS, FULL, QUICK, Plan
@@ -26,6 +27,7 @@ FOLDER: Final = Path(__file__).parents[1] / "results"
 
 def run(names: Sequence[str], plan: Plan) -> Results:
     """All of the plan."""
+    bytecode.prepare()
     results, begun, turns = Results(names), time.monotonic(), list[str]()
 
     def turn(part: str, measure: Callable[[str], Iterator[Figures]], *, at_once: int = 1) -> None:

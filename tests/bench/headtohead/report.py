@@ -31,8 +31,12 @@ LEGEND: Final = (
 OF_SCRAPES: Final = ("one scrape", "scrapes missed")
 """Who is not scraped has none of these."""
 WHY: Final = {
-    "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum",
-    "one scrape": "Prometheus asks each worker, here summed; it does so in parallel, and spread over the interval",
+    "one inc": "it adds to mapped memory, which outlives a kill -9, where others of that speed add to an attribute",
+    "one observe": "the same, twice",
+    "CPU of everything": "Prometheus asks for, reads and keeps a page a worker, where others merge or sum, and one of "
+    "the workers looks after the dead of all",
+    "one scrape": "Prometheus asks each worker and the master, here summed; in parallel, and spread over the interval",
+    "request p99": "not explained; it moves as much from row to row where nothing is counted",
     "worker start": "Prometheus asks Consul, and takes up what is new, each 5 s; a sum has no new target",
     "memory a worker": "aiohttp and the agent's client are in each worker, next to prometheus_client",
     "memory of what runs beside": "the Consul agent, which a host with Consul runs anyway",
