@@ -26,6 +26,7 @@ from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
+SLICE: Final = 128  # series that are made in one go: half a millisecond
 _KINDS: Final[dict[str, Any]] = {"counter": Counter, "summary": Summary, "histogram": Histogram}
 _SUFFIXES: Final = {
     "counter": ("_total", "_created"),
@@ -104,6 +105,22 @@ class ContinuedRegistry:
         """
         bound = self._bound.get(metric)
         return self._shadow(bound.family) if bound and bound.inherited else None
+
+    def prepare(self) -> Iterator[None]:
+        """Make what `inherited` and `collectors` give, a slice at a time: births wait for one of them at most."""
+        for family, inherited in list(self._ledger.inherited.items()):
+            if family in self._shadows or not family.labelnames:
+                continue
+            metric, wanted = _metric(family), list(inherited)
+            for start in range(0, len(wanted), SLICE):
+                with self._lock:
+                    some = [labels for labels in wanted[start : start + SLICE] if labels in inherited]
+                    self._inherit(metric, [(labels, inherited[labels]) for labels in some])
+                yield
+            with self._lock:
+                for labels in metric._metrics.keys() - inherited.keys():  # they were used, or forgotten, meanwhile
+                    del metric._metrics[labels]
+                self._shadows.setdefault(family, metric)
 
     def close(self) -> None:
         """The registry is as it was, but for values that are ours, in memory. What was counted stays in the ledger."""
@@ -215,10 +232,13 @@ class ContinuedRegistry:
 
     def _new_shadow(self, family: Family) -> Any:
         metric = _metric(family)
-        for labels, cell in self._ledger.inherited[family].items():
+        self._inherit(metric, self._ledger.inherited[family].items())
+        return metric
+
+    def _inherit(self, metric: Any, series: Iterable[tuple[Labels, int]]) -> None:
+        for labels, cell in series:
             child = metric.labels(*labels) if labels else metric
             move(child, self._ledger.cells, cell + CREATED, cell + VALUES, newborn=True)
-        return metric
 
     def _unshadow(self, family: Family, labels: Labels) -> None:
         if family in self._shadows:

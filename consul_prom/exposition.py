@@ -78,6 +78,8 @@ class Renderer:
             yield from self._page(asked)
 
     def _page(self, asked: Format) -> Iterator[bytes]:
+        for _ in self._source.prepare():
+            yield b""
         target_info, collectors = self._source.collectors()
         families = self._families(asked, collectors)
         if target_info:

@@ -14,6 +14,9 @@ class Source(Protocol):
     def totals(self) -> bool:
         """Whether values that live in cells show what all of a slot's workers counted."""
 
+    def prepare(self) -> Iterable[None]:
+        """Some of what the others need, each item the work of less than a millisecond."""
+
     def collectors(self) -> tuple[Metric | None, list[Collector]]:
         """The target's information, and all collectors, in the order of the page."""
 
@@ -31,6 +34,9 @@ class Plain:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry: Any = registry
+
+    def prepare(self) -> Iterable[None]:
+        return ()
 
     def collectors(self) -> tuple[Metric | None, list[Collector]]:
         with self._registry._lock:

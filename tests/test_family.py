@@ -14,6 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -29,7 +30,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from consul_prom import exposition, family, kinds
+from consul_prom import cells, continued, exposition, family, kinds
 from consul_prom.continued import ContinuedRegistry, last_page
 from consul_prom.errors import LedgerError
 from consul_prom.exposition import Renderer
@@ -627,6 +628,33 @@ class TestContinued:
         for label in "10":
             counter.labels(label).inc()
             _same(continued, renderer)
+
+    @pytest.mark.parametrize("is_registered", [True, False])
+    def test_inherited_in_slices(self, path: Path, monkeypatch: pytest.MonkeyPatch, *, is_registered: bool) -> None:
+        """Inherited series are made some at a time, and are right where some are used or removed meanwhile."""
+        registry = CollectorRegistry()
+        self._continue(registry, path)
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        for number in range(4 * continued.SLICE):
+            counter.labels(number).inc()
+        registry = CollectorRegistry()
+        source = self._continue(registry, path)
+        counter = Counter("reqs", "-", ["x"], registry=registry if is_registered else None)
+        made = Mock(side_effect=cells.move)
+        monkeypatch.setattr(continued, "move", made)
+        counts = [0]
+        for number, _ in enumerate(source.prepare()):
+            counts.append(made.call_count)
+            if is_registered:
+                counter.labels(number).inc()
+                counter.labels(continued.SLICE * 4 - 1 - number).inc()
+                counter.remove(str(100 + number))
+            counts.append(made.call_count)
+        assert max(after - before for before, after in pairwise(counts)) == continued.SLICE
+        before = made.call_count
+        page = _same(source, Renderer(source))
+        assert made.call_count == before
+        assert page.count(b"reqs_total{") == 4 * (continued.SLICE - is_registered)
 
     def test_inherited_in_their_order(self, registry: CollectorRegistry, path: Path) -> None:
         """Those that the process used come first; those that it did not, last in their family, until it does."""
