@@ -72,6 +72,7 @@ OWNERS = {
     "yaml": {"webconfig"},
     "bcrypt": {"webconfig", "passwords"},
     "filelock": {"slots"},
+    "isal": {"exposition"},
     "click": COMMANDS,
     "rich": COMMANDS,
     "gunicorn": {"demo"},

@@ -1,9 +1,12 @@
 """The page: byte for byte prometheus_client's, in the format that was asked for."""
 
 import gzip
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from textwrap import dedent
 
 import pytest
 from hypothesis import given
@@ -274,6 +277,25 @@ class TestCompression:
         page = render(full, accept="", accept_encoding=accept_encoding)
         assert "Content-Encoding" not in page.headers
         assert page.body == _plain(full)
+
+    @pytest.mark.parametrize(("hidden", "wanted"), [("", "isal.isal_zlib"), ("sys.modules['isal'] = None", "zlib")])
+    def test_compressor(self, hidden: str, wanted: str) -> None:
+        """The extra `isal` compresses where it is installed, and zlib does elsewhere: both to the same page."""
+        program = f"""
+            import sys
+            {hidden}
+            import gzip
+            from prometheus_client import CollectorRegistry, Counter
+            from prometheus_client.exposition import generate_latest
+            from consul_prom import exposition
+            registry = CollectorRegistry()
+            Counter("reqs", "-", registry=registry)
+            _, pieces = exposition.Renderer(registry).render("", "gzip")
+            assert gzip.decompress(b"".join(pieces)) == generate_latest(registry)
+            print(exposition.compress.__module__)
+        """
+        command = [sys.executable, "-c", dedent(program)]
+        assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == f"{wanted}\n"
 
     @pytest.mark.parametrize("accept_encoding", ["", "gzip"])
     def test_caches_are_told(self, full: CollectorRegistry, accept_encoding: str) -> None:
