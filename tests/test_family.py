@@ -294,8 +294,7 @@ class Generations(Application):
     @rule(comes_back=st.booleans())
     def leave(self, *, comes_back: bool) -> None:
         """The worker stops, and values live in memory, for good or until it starts again."""
-        if self.source is not self.registry:
-            self.source.close()
+        self.source.close()
         self.is_right()
         for accept in ("", OPEN):
             _same_or_unwritable(self.registry, Renderer(self.registry), accept)
