@@ -8,7 +8,6 @@ import mmap
 import os
 import shutil
 import sys
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -224,67 +223,58 @@ class _Failing:
 
 
 def _points(tmp_path: Path, act: Callable[[Any], None], begin: Callable[[Path, Tally], Any]) -> tuple[Tally, Any]:
-    """The ledger of a process that is killed before each line of ours that *act* runs on what *begin* gives.
+    """The ledger of a process that is killed before a line of ours that *act* runs on what *begin* gives.
 
-    A line before which all is as it was before the last one is left out.
+    For each line before which something that outlives the process has changed; at last it is not killed.
     """
     path, kept, tally = tmp_path / "ledger", tmp_path / "kept", Tally()
     prepare(kept)
 
-    def reset() -> None:
-        shutil.copy(kept, path)
-        tally.clear()
-
     def state() -> tuple[object, ...]:
-        return tally.memory[:], *((file.name, zlib.crc32(file.read_bytes())) for file in sorted(tmp_path.iterdir()))
+        return tally.memory[:], *((file.name, _begin(file)) for file in sorted(tmp_path.iterdir()))
 
     def points() -> Any:
-        reset()
-        lines = _changes(state, act, lambda: begin(path, tally))
-        assert lines[-1] > 50
-        for line in lines:
-            reset()
-            assert _outcome(partial(_run, act, lambda: begin(path, tally), partial(_die_at, line))) == KILLED
-            yield line
-        reset()
-        assert _outcome(partial(_run, act, lambda: begin(path, tally), lambda _line: None)) == WHOLE
-        yield None
+        for changes in itertools.count(1):
+            shutil.copy(kept, path)
+            tally.clear()
+            outcome = _outcome(partial(_run, act, lambda: begin(path, tally), _Death(state, changes)))
+            yield changes
+            if outcome == WHOLE:
+                return
+            assert outcome == KILLED
 
     return tally, points()
 
 
-def _changes(state: Callable[[], object], act: Callable[[Any], None], begin: Callable[[], Any]) -> list[int]:
-    """The numbers of the lines before which the *state* is new."""
-    ours, theirs = os.pipe()
-    last: object = None
-
-    def look(line: int) -> None:
-        nonlocal last
-        before, last = last, state()
-        if last != before:
-            os.write(theirs, line.to_bytes(4, "big"))
-
-    assert _outcome(partial(_run, act, begin, look)) == WHOLE
-    os.close(theirs)
-    with os.fdopen(ours, "rb") as found:
-        numbers = found.read()
-    return [int.from_bytes(numbers[at : at + 4], "big") for at in range(0, len(numbers), 4)]
+def _begin(file: Path) -> bytes:
+    """What is written of a ledger; the rest of the mapping is a hole."""
+    with file.open("rb") as content:
+        return content.read(2**17)
 
 
-def _die_at(last: int, line: int) -> None:
-    if line == last:
-        os._exit(KILLED)
+class _Death:
+    """Comes when the *state* has changed so many times."""
+
+    def __init__(self, state: Callable[[], object], changes: int) -> None:
+        self._state = state
+        self._changes = changes
+        self._last: object = None
+
+    def __call__(self) -> None:
+        before, self._last = self._last, self._state()
+        self._changes -= self._last != before
+        if not self._changes:
+            os._exit(KILLED)
 
 
-def _run(act: Callable[[Any], None], begin: Callable[[], Any], before: Callable[[int], None]) -> None:
-    """*act* on what *begin* gives; *before* is told the number of each line of ours that is about to run."""
-    numbers = itertools.count(1)
+def _run(act: Callable[[Any], None], begin: Callable[[], Any], before: Callable[[], None]) -> None:
+    """*act* on what *begin* gives; *before* is called when a line of ours is about to run."""
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
         if frame.f_code.co_filename not in OURS:
             return None
         if event == "line":
-            before(next(numbers))
+            before()
         return trace
 
     begun = begin()
