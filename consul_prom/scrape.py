@@ -16,7 +16,9 @@ from consul_prom.thread import FORKING
 
 log = logging.getLogger(__name__)
 
-SLICE: Final = 0.001
+SLICE: Final = 0.0003
+REST: Final = 0.001
+"""Seconds of work, and of rest after it: a request in the way of a slice waits so long, and no scrape is in a hurry."""
 CHUNK: Final = 65_536
 READING: Final = 30.0
 PAGES_READ: Final = 8
@@ -82,7 +84,7 @@ class Scrapes:
         return await asyncio.shield(self._writing[wanted])  # who goes away takes it from nobody
 
     async def _write(self, headers: Mapping[str, str], pieces: Iterator[bytes]) -> "_Page":
-        """In slices of a millisecond, between which the application's threads have the interpreter for themselves."""
+        """In slices, between which the application's threads have the interpreter for themselves."""
         written = []
         async with self._one_at_a_time:
             begun_at, begun = time.time(), time.perf_counter()
@@ -96,7 +98,7 @@ class Scrapes:
                     break
                 written.append(piece)
                 if time.perf_counter() - begun > SLICE:
-                    await asyncio.sleep(SLICE)
+                    await asyncio.sleep(REST)
                     begun = time.perf_counter()
         self._log.over("the metrics can be rendered again")
         return self._keep(_Page(HTTPStatus.OK, headers, b"".join(written), begun=begun_at))
