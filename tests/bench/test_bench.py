@@ -97,7 +97,7 @@ def test_head_to_head(tmp_path: Path) -> None:
     table, chart = ((tmp_path / f"headtohead.{kind}").read_text() for kind in ("md", "svg"))
     figure = r"[0-9.,]+(?: <sub>[0-9., to]+</sub>)?"
     assert re.search(rf"^\| one inc, µs \| {figure} \| {figure} \| [*a-z]+", table, re.MULTILINE)
-    assert re.search(rf"^\| CPU of everything.*{cell}.* \| {figure} \| {figure} \| [*a-z]+", table, re.MULTILINE)
+    assert re.search(rf"CPU of everything[^|\n]*{cell}", table)  # as a row, or among what is the same for all
     assert "- Pushgateway, costs: not run: it is not here" in table
     assert ET.fromstring(chart).tag.endswith("svg")  # noqa: S314  # just written
     assert chart.count(">consul-prom<") >= 3
