@@ -107,3 +107,18 @@ def settings(slot_directory: Path) -> MakeSettings:
         return load({**defaults, **arguments}, environ={})
 
     return make
+
+
+class Clock:
+    """Stands still until it is told."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

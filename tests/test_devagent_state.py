@@ -9,19 +9,7 @@ from consul_prom.devagent.definition import parse
 from consul_prom.devagent.documents import content_hash
 from consul_prom.devagent.errors import Refused
 from consul_prom.devagent.state import State
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
+from tests.conftest import Clock
 
 
 @pytest.fixture

@@ -5,22 +5,9 @@ import logging
 import pytest
 
 from consul_prom.sparing import HOUR, MOST_FAILURES, MOST_LINES, REPEAT, SparingLog
+from tests.conftest import Clock
 
 log = logging.getLogger(__name__)
-
-
-class Clock:
-    """Stands still until it is told."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture
