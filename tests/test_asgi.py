@@ -75,6 +75,8 @@ class Server:
         if self.refusal:
             raise self.refusal
         self.answers.append(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.inbox.put_nowait({"type": "http.disconnect"})  # some applications end at no sooner word
 
     def sent(self) -> list[str]:
         return [message["type"] for message in self.answers]
@@ -85,6 +87,7 @@ class Server:
     async def ask(self, path: str = "/", method: str = "GET", **scope: Any) -> int:
         """One request; the status of its answer, or 0."""
         self.answers.clear()
+        self.inbox = asyncio.Queue()
         self.inbox.put_nowait({"type": "http.request", "body": b"", "more_body": False})
         async with asyncio.timeout(DEADLINE):
             await self.app(http(path, method, **scope), self.receive, self.send)
