@@ -107,8 +107,9 @@ def acquire(directory: Path, service: str, *, prefer: int = 0) -> Slot:
                 slot.occupy()
                 return slot
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: {reason}") from error
+        reason, culprit = error.strerror or str(error), str(error.filename or directory)
+        what = reason if culprit == str(directory) else f"{reason}: {culprit}"
+        raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: {what}") from error
     raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r}: all {MOST_SLOTS} slots of {service!r} are held")
 
 
@@ -350,7 +351,8 @@ def prepare(directory: Path) -> str:
         raise SlotError(f"{name} belongs to uid {found.st_uid}, not to ours ({os.geteuid()}); each user needs its own")
     if found.st_mode & 0o077:
         mode = stat.S_IMODE(found.st_mode)
-        raise SlotError(f"{name} has mode {mode:04o}: others can get at it; chmod 0700")
+        remedy = "name one below it, or, if it is ours alone, chmod 0700"  # it may well be /tmp
+        raise SlotError(f"{name} has mode {mode:04o}: others can get at it; {remedy}")
     return directory_id(directory) or _new_id(directory)
 
 
