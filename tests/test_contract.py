@@ -529,6 +529,7 @@ async def test_refused_body(agent: Agent, body: bytes, text: str) -> None:
         ("GET", "/v1/agent/service/deregister/x", "OPTIONS,PUT"),
         ("DELETE", "/v1/agent/service/x", "OPTIONS,GET"),
         ("PUT", "/v1/agent/services", "OPTIONS,GET"),
+        ("PUT", "/v1/internal/acl/authorize", "OPTIONS,POST"),
     ],
 )
 async def test_wrong_method(agent: Agent, method: str, path: str, allow: str) -> None:
@@ -1016,6 +1017,13 @@ async def test_self(agent: Agent) -> None:
 async def test_leader(agent: Agent) -> None:
     """Agent names its leader as a JSON text."""
     assert (await agent.get("/v1/status/leader")).json == f"{URL(agent.url).host}:8300"
+
+
+async def test_rights(agent: Agent) -> None:
+    """Agent without ACLs says so to whoever asks what a token may do."""
+    asked = [{"Resource": "service", "Access": "write", "Segment": "shop-metrics"}]
+    answer = await agent.call("POST", "/v1/internal/acl/authorize", asked)
+    assert (answer.status, answer.text) == (401, "ACL support disabled")
 
 
 # The catalog, as Prometheus reads it

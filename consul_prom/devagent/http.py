@@ -45,6 +45,7 @@ class Api:
             "/v1/agent/service/register": ("PUT", self._register),
             "/v1/agent/services": ("GET", self._agent_services),
             "/v1/catalog/services": ("GET", self._catalog_services),
+            "/v1/internal/acl/authorize": ("POST", self._rights),
             "/v1/status/leader": ("GET", self._leader),
         }
         self._prefixed: dict[str, tuple[str, Handler]] = {
@@ -152,6 +153,9 @@ class Api:
 
     async def _agent_self(self, _request: web.BaseRequest, _rest: str) -> web.Response:
         return _json(documents.myself(self._node))
+
+    async def _rights(self, _request: web.BaseRequest, _rest: str) -> web.Response:
+        raise Refused(401, "ACL support disabled")
 
     async def _leader(self, _request: web.BaseRequest, _rest: str) -> web.Response:
         return _json(self._node.at(8300))
