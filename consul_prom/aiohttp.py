@@ -29,7 +29,7 @@ def setup(app: web.Application, *, registry: CollectorRegistry = REGISTRY, **arg
     """
     if WORKER in app:
         raise SettingsError("consul_prom.setup was called before for this application", from_code=True)
-    if app.pre_frozen or app.frozen:
+    if app.pre_frozen:
         raise SettingsError("consul_prom.setup comes before the application starts", from_code=True)
     worker = app[WORKER] = Worker(registry=registry, **arguments)
     if worker.request_metrics:

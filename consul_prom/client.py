@@ -91,15 +91,15 @@ class AgentClient:
 
     async def service(self, entry_id: str, *, content_hash: str = "", wait: float = 0) -> Entry | None:
         """An entry, or None. With *content_hash*: not before it differs, or *wait* seconds (and 1/16 more) are over."""
-        params, headers = {}, {}
+        params, headers, patience = {}, {}, 0.0
         if content_hash:
-            # 0s and less would block for five minutes
-            params = {"hash": content_hash, "wait": f"{max(1, round(wait))}s"}
+            seconds = max(1, round(wait))  # 0s and less would block for five minutes
+            params, patience = {"hash": content_hash, "wait": f"{seconds}s"}, seconds * 17 / 16
             # Whoever holds a connection for ever never learns that others get none.
             headers = {"Connection": "close"}
         path = f"/v1/agent/service/{quote(entry_id, safe='')}"
         try:
-            document = await self._transport.get(self._json(), path, params, headers, patience=wait * 17 / 16)
+            document = await self._transport.get(self._json(), path, params, headers, patience=patience)
         except AgentNotFound:
             return None
         if service_document(document).get("ID") != entry_id:

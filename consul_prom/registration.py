@@ -145,7 +145,7 @@ def difference(wanted: Registration, existing: Mapping[str, Any]) -> str | None:
         "Service": (wanted.name, existing.get("Service")),
         "Address": (wanted.address, existing.get("Address")),
         "Port": (wanted.port, existing.get("Port")),
-        "Tags": (list(wanted.tags), existing.get("Tags") or []),
+        "Tags": (list(wanted.tags), existing.get("Tags")),
     }
     for field, (ours, theirs) in pairs.items():
         if ours != theirs:
