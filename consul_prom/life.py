@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 from prometheus_client import CollectorRegistry
@@ -62,12 +62,11 @@ class Life:
         self._probes: list[Future[Any]] = []
         self._signals = Signals()
         self._start_took = process_age(process_identity(self._pid))
-        slot = acquire(settings.dir, settings.service)
-        try:
+        with ExitStack() as undo:
+            slot = acquire(settings.dir, settings.service)
+            undo.callback(slot.release)  # whatever a registry of the application's own may raise
             self._metrics = OwnMetrics(registry)
-        except ValueError as error:
-            slot.release()
-            raise EndpointError(f"the application has metrics of our names: {error}") from error
+            undo.pop_all()
         self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
         self._first_slot = slot

@@ -8,6 +8,7 @@ from contextlib import suppress
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, Summary
 
 from consul_prom import __version__
+from consul_prom.errors import EndpointError
 from consul_prom.thread import FORKING
 
 
@@ -15,7 +16,7 @@ class OwnMetrics:
     """Metrics in the registry that the worker serves; gone from it when the worker stops."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        """Raises ValueError where the application has a metric of such a name."""
+        """Raises EndpointError where the application has a metric of such a name."""
         self._registry = registry
         self._lag = 0.0
         self._asked_at: float | None = None
@@ -45,8 +46,10 @@ class OwnMetrics:
                 "How long the application's event loop takes, or took at last, to run a callback.",
                 registry=registry,
             )
-        except ValueError:
+        except Exception as error:
             self.close()
+            if isinstance(error, ValueError):
+                raise EndpointError(f"the application has metrics of our names: {error}") from error
             raise
         self._lag_gauge.set_function(self._lag_now)
 

@@ -110,10 +110,10 @@ class Worker:
                 raise
             log.error("consul-prom is off: %s", error)
         except Exception as error:
-            log.exception("consul-prom is off: an error that it did not expect")
             self.stop()
             if self._required:
                 raise EndpointError("an error that consul-prom did not expect") from error
+            log.exception("consul-prom is off: an error that it did not expect")
 
     def _begin(self, loop: asyncio.AbstractEventLoop | None, *, keeps: bool) -> None:
         if self._misset:

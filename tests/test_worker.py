@@ -15,20 +15,21 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 from prometheus_client.values import MutexValue
 
 import consul_prom
 from consul_prom import slots
 from consul_prom.address import route_address
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.errors import EndpointError, SettingsError
+from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
 from consul_prom.ledger import Ledger
 from consul_prom.life import Life
 from consul_prom.worker import Worker
@@ -401,7 +402,7 @@ class TestTrouble:
 
         def check(make: Callable[..., Worker], words: str) -> None:
             worker = make(required=request.param, start_timeout=5)
-            with suppress(SettingsError, EndpointError) if not request.param else pytest.raises(Exception, match=words):
+            with pytest.raises(ConsulPromError, match=words) if request.param else nullcontext():
                 worker.start()
             wait_until(lambda: not worker._life or worker._life.failure, within=10, what="the failure")
             errors = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
@@ -452,6 +453,31 @@ class TestTrouble:
         """A wrong setting in the environment."""
         monkeypatch.setenv("CONSUL_PROM_PORT", "many")
         fails(make, "CONSUL_PROM_PORT='many'")
+
+    def test_unexpected(self, make: Make, fails: Callable[..., None]) -> None:
+        """What nobody thought of, as a registry of the application's own that takes no metric."""
+
+        class Full(CollectorRegistry):
+            def register(self, collector: Collector) -> None:
+                raise RuntimeError("no more metrics")
+
+        fails(lambda **more: make(registry=Full(), **more), "did not expect")
+        other = make()
+        other.start()
+        assert other.slot == 0
+
+    def test_unexpected_in_thread(
+        self, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What nobody thought of in the metrics thread gives all up there too; the traceback is in the log."""
+        monkeypatch.delattr("consul_prom.life.find_address")
+        worker = make()
+        worker.start()
+        wait_until(lambda: worker._life and worker._life.failure, within=10, what="the failure")
+        (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+        assert record.getMessage() == "consul-prom is off: an error that it did not expect"
+        assert record.exc_info
+        assert nothing(worker)
 
     def test_names(self, make: Make, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
         """An application that has a metric of our names is left alone."""
