@@ -391,6 +391,9 @@ class Tenancy:
                         await asyncio.sleep(RETRY)
         except TimeoutError:
             self.left_over(trouble)
+        except asyncio.CancelledError:
+            self.left_over(trouble)
+            raise
         except AgentError as error:
             self.left_over(error)
 
