@@ -281,6 +281,8 @@ class _Transport:
                 headers={"Accept-Encoding": "identity"},  # what is small on the wire stays small in memory
                 auto_decompress=False,
             )
+        if self._session.closed:  # a stop was given less time meanwhile
+            raise AgentUnreachable(f"{who(self.settings)} is not asked any more")
         return self._session
 
 

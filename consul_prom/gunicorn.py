@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG: Final = "gunicorn.conf.py"
+QUICK: Final = 1.2
+"""Seconds of a stop, of the two that Gunicorn gives its workers when it is told a second time to end."""
+MOMENT: Final = 0.4
+"""Of the one or so after a time-out."""
 
 
 class _Ours:
@@ -99,6 +103,18 @@ def _bounds(config: Any) -> "Arguments":
     return {"stop_timeout": min(longest, *(each / 3 for each in (config.graceful_timeout, config.timeout) if each))}
 
 
+def worker_int(worker: "GunicornWorker") -> None:
+    """In the worker that shall end at once."""
+    if ours := _Ours.workers.get(worker):
+        ours.hurry(QUICK)
+
+
+def worker_abort(worker: "GunicornWorker") -> None:
+    """In the worker that has timed out, and will be killed in a moment."""
+    if ours := _Ours.workers.get(worker):
+        ours.hurry(MOMENT)
+
+
 def _exit(_number: int, _frame: object) -> None:
     raise SystemExit(0)
 
@@ -108,6 +124,9 @@ def worker_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
     if worker.pid != os.getpid():
         child_exit(server, worker)
     elif ours := _Ours.workers.pop(worker, None):
+        for number in (signal.SIGQUIT, signal.SIGINT):  # a loop that was closed took Gunicorn's handlers down
+            if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:
+                signal.signal(number, lambda *_: ours.hurry(QUICK))
         ours.stop(last=True)
 
 
@@ -133,7 +152,10 @@ def _preload() -> None:
     gc.collect()  # or each worker soon would: that writes to all objects, and no page of them is shared any more
 
 
-_OURS: Final = (on_starting, nworkers_changed, pre_fork, post_worker_init, worker_exit, child_exit, on_exit)
+_OURS: Final = (
+    *(on_starting, nworkers_changed, pre_fork, post_worker_init),
+    *(worker_int, worker_abort, worker_exit, child_exit, on_exit),
+)
 _LAST: Final = {post_worker_init}
 """What the user's hook goes before: it may set the environment. Otherwise ours has been done when theirs begins."""
 
@@ -153,9 +175,14 @@ def _chained(ours: Callable[..., None], theirs: Any) -> Callable[..., None]:
 
     @wraps(ours)
     def both(*arguments: Any) -> None:
-        first, second = (hook, ours) if ours in _LAST else (ours, hook)
-        first(*arguments)
-        second(*arguments)
+        if ours in _LAST:
+            hook(*arguments)
+            ours(*arguments)
+            return
+        try:
+            ours(*arguments)
+        finally:  # Gunicorn's handler of a second signal raises SystemExit
+            hook(*arguments)
 
     return both
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from prometheus_client import CollectorRegistry
 
@@ -33,6 +33,8 @@ from consul_prom.vigil import Vigil
 from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
+
+LEAST: Final = 0.1
 
 
 class Life:
@@ -59,6 +61,7 @@ class Life:
         self._client: AgentClient | None = None
         self._endpoint: Endpoint | None = None
         self._ends_at: float | None = None
+        self._stop_timeout = settings.stop_timeout
         self._probes: list[Future[Any]] = []
         self._signals = Signals()
         self._start_took = process_age(process_identity(self._pid))
@@ -129,7 +132,7 @@ class Life:
         Who has only just begun may still register, within STOP_TIMEOUT. Says what nobody has scraped.
         """
         seconds = (self.settings.linger if self.lingers else 0) if seconds is None else seconds
-        patience_ends_at = time.monotonic() + self.settings.stop_timeout
+        patience_ends_at = time.monotonic() + self._stop_timeout
 
         def may_be_found() -> bool:
             beginning = self.tenancy.unasked and not self.failure and time.monotonic() < patience_ends_at
@@ -167,7 +170,15 @@ class Life:
     async def leave_in_thread(self) -> None:
         with suppress(EndpointError):
             leaving = asyncio.wrap_future(self.thread.spawn(self.leave(self._remaining())))
-            await asyncio.wait({leaving}, timeout=self._remaining())
+            while (await asyncio.wait({leaving}, timeout=LEAST))[1] and self._remaining() > LEAST:
+                pass  # `hurry` may come meanwhile
+            leaving.cancel()
+
+    def hurry(self, seconds: float) -> None:
+        """From now on, or once it has begun, a stop takes no longer than that."""
+        self._stop_timeout = min(self._stop_timeout, seconds)
+        if self._ends_at:
+            self._ends_at = min(self._ends_at, time.monotonic() + seconds)
 
     def stop(self) -> None:
         if self.of_registry.get(self._registry) is self:
@@ -185,13 +196,16 @@ class Life:
             self.dispose()
 
     def _remaining(self) -> float:
-        """Seconds left of the one STOP_TIMEOUT that all parts of a stop share; never quite none."""
-        self._ends_at = self._ends_at or time.monotonic() + self.settings.stop_timeout
-        return max(self._ends_at - time.monotonic(), 0.1)
+        """Seconds left of the time that all parts of a stop share; never quite none."""
+        self._ends_at = self._ends_at or time.monotonic() + self._stop_timeout
+        return max(self._ends_at - time.monotonic(), LEAST)
 
     def _within(self, coroutine: Coroutine[Any, Any, None]) -> None:
         with suppress(EndpointError):
-            wait([self.thread.spawn(coroutine)], self._remaining())
+            doing = self.thread.spawn(coroutine)
+            while wait([doing], LEAST).not_done and self._remaining() > LEAST:
+                pass  # `hurry` may come meanwhile
+            doing.cancel()
 
     def listen(self, address: str | None) -> None:
         self._site.settle(address)

@@ -171,7 +171,7 @@ class Registrar:
         with suppress(TimeoutError, AgentTimeout):
             async with asyncio.timeout(LOOK):
                 existing = await self._agent.service(self._wanted.id)
-                if existing is None or self._foreign(existing.document):
+                if existing is None or self._left_to_others(existing.document):
                     return False
                 if not self._node:
                     await self._checks()
@@ -220,7 +220,7 @@ class Registrar:
         credentials = self._agent.credentials
         self._credentials.add(credentials)
         document = self._wanted.document()
-        if existing and self._predecessors(existing.document) and _fails(await self._checks()):
+        if existing and self._of_another(existing.document) and _fails(await self._checks()):
             # The agent keeps a check's status, by which we would be dead until it runs; a check that is gone has none.
             await self._write({**document, "Check": None})
         await self._write(document)
@@ -239,7 +239,11 @@ class Registrar:
         """Not of our directory: then the slot's lock says nothing of whether its process lives."""
         return not is_ours(document) or document["Meta"].get("dir") != self._wanted.meta["dir"]
 
-    def _predecessors(self, document: Mapping[str, Any]) -> bool:
+    def _left_to_others(self, document: Mapping[str, Any]) -> bool:
+        """Foreign, or, where only the lock files were wiped, the next process': it has our slot by now."""
+        return self._foreign(document) or (not self._intact() and self._of_another(document))
+
+    def _of_another(self, document: Mapping[str, Any]) -> bool:
         meta = document.get("Meta") or {}
         return any(meta.get(key) != self._wanted.meta.get(key) for key in ("dir", "pid", "proc"))
 
@@ -391,6 +395,9 @@ class Tenancy:
                         await asyncio.sleep(RETRY)
         except TimeoutError:
             self.left_over(trouble)
+        except asyncio.CancelledError:
+            self.left_over(trouble)
+            raise
         except AgentError as error:
             self.left_over(error)
 

@@ -39,6 +39,7 @@ class Worker:
         self._required = switch("required", arguments)
         self._disabled = switch("disabled", arguments)
         self._life: Life | None = None
+        self._ending: Life | None = None
         self._left = False
         try:
             self._settings = load(arguments)
@@ -141,6 +142,11 @@ class Worker:
             if self._life.leavers == self._life.users:
                 await self._life.leave_in_thread()
 
+    def hurry(self, seconds: float) -> None:
+        """Let a stop, also one that is under way, take *seconds* at most, where STOP_TIMEOUT is more."""
+        if life := self._life or self._ending:
+            life.hurry(seconds)
+
     def stop(self, *, last: bool = False, linger: float | None = None) -> None:
         """Deregister, close and give the slot up; within STOP_TIMEOUT, or one log line says what is left over.
 
@@ -163,7 +169,9 @@ class Worker:
                 self._left = False
                 last = last or not life.users
             if last:
+                self._ending = life
                 life.stop()
+                self._ending = None
 
     def _await_registration(self, life: "Life", timeout: float) -> None:
         ends_at = time.monotonic() + timeout

@@ -157,6 +157,19 @@ def test_caretaker_stands_still(fleet: Fleet) -> None:
     assert not fleet.wronged
 
 
+def test_lock_files_are_wiped(agent: DevAgent, workers: Workers, slot_directory: Path) -> None:
+    """A worker whose lock file was wiped away leaves its slot, and the entry of the newborn that has it by then."""
+    first = workers.start()
+    removed: list[str] = []
+    setattr(agent.state, "deregister", removed.append)  # noqa: B010
+    for path in slot_directory.glob("*.lock"):
+        path.unlink()
+    second = workers.start()
+    wait_until(lambda: workers.entries(first.pid) == ["shop.web-1.1"], within=60, what="another slot")
+    assert workers.entries(second.pid) == ["shop.web-1.0"]
+    assert not removed
+
+
 def test_clock_changes(agent: DevAgent, workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the clock says is no proof of anything."""
     workers.hold(workers.start())

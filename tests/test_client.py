@@ -89,6 +89,14 @@ async def test_round_trip_on_real_consul() -> None:
         await client.aclose()
 
 
+async def test_closed(client: AgentClient) -> None:
+    """A client that is closed in the midst of calls asks no more, and says so as it says what goes wrong."""
+    await client.service("shop.web-1.0")
+    await client.aclose()
+    with pytest.raises(AgentUnreachable, match="not asked any more"):
+        await client.service("shop.web-1.0")
+
+
 async def test_unix_socket(tmp_path: Path) -> None:
     """Client and the synchronous deregister reach an agent over its unix socket."""
     path = f"unix://{tmp_path}/consul.sock"

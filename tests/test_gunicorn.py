@@ -77,6 +77,21 @@ def test_order(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert calls == (["theirs", "ours"] if name == "post_worker_init" else ["ours", "theirs"])
 
 
+def test_ours_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's hook is called although a second signal, at which Gunicorn raises, has broken ours off."""
+    calls: list[str] = []
+
+    def worker_exit(*_arguments: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(hooks, "_OURS", (worker_exit,))
+    namespace: dict[str, Any] = {"worker_exit": lambda *_arguments: calls.append("theirs")}
+    hooks.install(namespace)
+    with pytest.raises(SystemExit):
+        namespace["worker_exit"]("server", "worker")
+    assert calls == ["theirs"]
+
+
 def test_install_twice() -> None:
     """Installed twice, as by a file that installs them and is read beside them, the hooks run once."""
     namespace: dict[str, Any] = {"child_exit": lambda _server, _worker: None}

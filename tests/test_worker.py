@@ -559,6 +559,36 @@ class TestAgentTrouble:
         assert slots.abandoned(directory, "shop") == [0], "though the process lives"
         agent.fault = None
 
+    @pytest.mark.parametrize("under_way", [False, True], ids=["before", "under way"])
+    def test_hurry(self, agent: DevAgent, make: Make, caplog: pytest.LogCaptureFixture, *, under_way: bool) -> None:
+        """A stop for which there is less time than STOP_TIMEOUT, as may turn out while it waits, takes no more."""
+        worker = make(stop_timeout=100)
+        worker.start()
+        registered(worker)
+        agent.fault = Fault(hang=True)
+        hurrying = threading.Timer(0.3 if under_way else 0, worker.hurry, [0.2])
+        hurrying.start()
+        if not under_way:
+            hurrying.join()
+        begun = time.monotonic()
+        worker.stop()
+        assert time.monotonic() - begun < 20
+        assert left_over(caplog)
+        hurrying.join()
+        agent.fault = None
+
+    async def test_hurry_while_it_leaves(self, agent: DevAgent, make: Make) -> None:
+        """The same for a stop that begins in the application's loop."""
+        worker = make(stop_timeout=100)
+        worker.start()
+        registered(worker)
+        agent.fault = Fault(hang=True)
+        asyncio.get_running_loop().call_later(0.3, worker.hurry, 0.2)
+        async with asyncio.timeout(20):
+            await worker.leave()
+        worker.stop()
+        agent.fault = None
+
     @pytest.mark.parametrize("fault", [None, Fault(status=403)], ids=["", "denied"])
     def test_stop_while_we_hang(
         self,

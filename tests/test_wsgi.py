@@ -17,6 +17,7 @@ import consul_prom
 from consul_prom.errors import SettingsError
 from consul_prom.requests import RequestMetrics, install
 from consul_prom.wsgi import instrument
+from tests.e2e import django_app
 
 Application = Callable[[Any, Any], Iterable[bytes]]
 TEXT = [("Content-Type", "text/plain")]
@@ -355,35 +356,6 @@ def _flask() -> flask.Flask:
     return app
 
 
-class DjangoMatch:
-    """What Django's resolver finds."""
-
-    def __init__(self, route: str) -> None:
-        self.route = route
-
-
-class DjangoRequest:
-    """As much of Django's request as matters: its `resolver_match`, which its handler sets."""
-
-    def __init__(self, environ: dict[str, Any]) -> None:
-        self.environ = environ
-        self.resolver_match: DjangoMatch | None = None
-
-
-class DjangoHandler:
-    """As much of Django's handler as matters: the class of its requests."""
-
-    request_class = DjangoRequest
-
-    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        request = self.request_class(environ)
-        assert request.resolver_match is None
-        request.resolver_match = DjangoMatch("shop/<int:item>/")
-        assert request.resolver_match.route == "shop/<int:item>/"
-        start_response("200 OK", TEXT)
-        return [b"x"]
-
-
 class TestRoutes:
     """The route is the template, whatever a client put into it."""
 
@@ -426,17 +398,27 @@ class TestRoutes:
             asking.join(10)
         page.only(200, route="/hold/<item>")
 
-    def test_django(self, serve: Serve, page: Page) -> None:
+    @pytest.mark.parametrize(
+        ("path", "status", "route"),
+        [
+            ("/shop/7", 200, "/shop/<int:item>"),
+            ("/blue/7/", 200, "/blue/<slug:item>/"),
+            ("/fail", 500, "/fail"),
+            ("/nothing", 404, "other"),
+        ],
+    )
+    def test_django(self, serve: Serve, page: Page, *, path: str, status: int, route: str) -> None:
         """Django's route, with the slash that every other framework has before it."""
-        serve(DjangoHandler()).ask("/shop/7/")
-        page.only(200, route="/shop/<int:item>/")
+        serve(django_app.handler()).ask(path)
+        page.only(status, route=route)
 
     def test_two_applications(self, registry: CollectorRegistry, page: Page) -> None:
         """Two applications of one class of requests do not disturb each other."""
-        for _ in range(2):
-            Server(instrument(DjangoHandler(), registry=registry)).ask("/shop/7/")
-        assert page.totals() == {("GET", "/shop/<int:item>/", "200"): 2}
-        assert DjangoHandler.request_class is DjangoRequest
+        first, second = django_app.handler(), django_app.handler()
+        for handler in (first, second):
+            Server(instrument(handler, registry=registry)).ask("/shop/7")
+        assert page.totals() == {("GET", "/shop/<int:item>", "200"): 2}
+        assert type(first).request_class is not first.request_class is not second.request_class
 
 
 class TestInstrument:

@@ -1,9 +1,10 @@
 """How much longer a Gunicorn takes to stop because of us: its own stop, and with the hooks, the agent well and hanging.
 
-    python -m tests.bench.stop [rounds]
+    python -m tests.bench.stop [rounds [model]]
 
-Seconds from SIGQUIT to the master's end, which no loop that looks each second hides, interleaved: medians, and the
-worst. What is added is bounded by STOP_TIMEOUT, 2 s, for the workers, and half a second for their master.
+Seconds from SIGQUIT to the master's end, which no loop that looks each second hides, interleaved: medians and the
+worst, of which the other median is taken. What is added is bounded by STOP_TIMEOUT, 2 s, for the workers, and half a
+second for their master; without us there is a worst too, which tells how busy the machine was.
 """
 
 import os
@@ -11,6 +12,7 @@ import signal
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from tests.services.consul import Consul
@@ -24,15 +26,15 @@ MODELS: Final = {
 }
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, models: Sequence[str] = ()) -> None:
     """Print a row a model and state of the agent."""
-    print(f"{'model':10}{'agent':10}{'without':>10}{'with':>10}{'added':>10}{'at worst':>10}")
+    print(f"{'model':10}{'agent':10}{'without':>10}{'worst':>10}{'with':>10}{'worst':>10}{'added':>10}{'worst':>10}")
     with Consul() as consul:
-        for model in MODELS:
+        for model in models or MODELS:
             for hanging in (False, True):
                 without, ours = zip(*(_round(consul, model, hanging=hanging) for _ in range(rounds)), strict=True)
-                base = statistics.median(without)
-                row = (base, statistics.median(ours), statistics.median(ours) - base, max(ours) - base)
+                base, median = statistics.median(without), statistics.median(ours)
+                row = (base, max(without), median, max(ours), median - base, max(ours) - base)
                 state = "hangs" if hanging else "is well"
                 print(f"{model:10}{state:10}" + "".join(f"{seconds:10.2f}" for seconds in row), flush=True)
 
@@ -68,4 +70,4 @@ def _stop(consul: Consul, model: str, *, hanging: bool, enabled: bool) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9, sys.argv[2:])

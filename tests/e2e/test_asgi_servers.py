@@ -1,4 +1,4 @@
-"""FastAPI, Starlette, Flask and no framework at all, on the servers that run them, with a real Consul."""
+"""FastAPI, Starlette, Flask, Django and no framework at all, on the servers that run them, with a real Consul."""
 
 import asyncio
 import re
@@ -19,6 +19,7 @@ from tests.services.waiting import wait_until
 WORKERS = 2
 DEADLINE = 60.0
 HOST = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+ROUTES = ("/shop/{item}", "/shop/<item>", "/shop/<int:item>", "other")
 
 
 class Other(Gunicorn):
@@ -62,7 +63,7 @@ class Shop:
             def everyone() -> bool:
                 nonlocal asked
                 asked += len(list(clients.map(self.server.get, [path] * 16)))
-                return all(counted for counted in self.totals("/shop/{item}", "/shop/<item>", "other"))
+                return all(counted for counted in self.totals(*ROUTES))
 
             wait_until(everyone, within=DEADLINE, what="each worker answered")
         return asked
@@ -220,6 +221,17 @@ def test_wsgi(start: Callable[..., Shop], worker_class: str) -> None:
     _leave(shop)
     wait_until(lambda: shop.total("/stream", 499) == 1, within=DEADLINE, what="the client that left was counted")
     wait_until(lambda: shop.total("/file", 200) == 1, within=DEADLINE, what="the file was counted")
+    assert shop.total("/fail", 500) == 1
+    shop.stop()
+
+
+@pytest.mark.parametrize("worker_class", ["sync", "gevent"])
+def test_django(start: Callable[..., Shop], worker_class: str) -> None:
+    """Django on Gunicorn: the same, by route."""
+    shop = start(_gunicorn("tests.e2e.django_app:app", worker_class, "-c=python:tests.e2e.wsgi_app"))
+    asked = shop.serve_all("/shop/7")
+    assert shop.total("/shop/<int:item>", 200) == asked
+    assert shop.server.call("/fail")[0] == 500
     assert shop.total("/fail", 500) == 1
     shop.stop()
 

@@ -163,10 +163,11 @@ def clean(model: str, name: str) -> bool:
 
 
 def layers(model: str, name: str) -> set[str]:
-    """Who may remove the entry: a worker that may say farewell itself, else the master where it has the hooks."""
+    """Who may remove the entry: a worker that may say farewell itself, else its sibling, or the master if it has hooks."""
     if clean(model, name):
         return {"worker"}
-    return {"worker", "master"} if MODELS[model].has_hooks else {"worker", "caretaker", "successor", "command"}
+    others = {"master"} if MODELS[model].has_hooks else {"successor", "command"}
+    return {"worker", "caretaker"} | others  # which may be in the middle of a round, and first
 
 
 def tell(table: list[str], model: str, name: str, seen: list[Gone]) -> None:

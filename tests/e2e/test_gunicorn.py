@@ -5,9 +5,10 @@ import re
 import signal
 import socket
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -291,3 +292,45 @@ def test_short_grace(model: tuple[str, ...]) -> None:
         wait_until(lambda: not shop.running, within=DEADLINE, what="its end")
         assert len(re.findall(r"shop\.\S+\.\d may still be registered", shop.log.read_text())) == WORKERS
         assert {int(pid) for pid in (shop.directory / "exits").read_text().split()} == workers
+
+
+def time_out(shop: Gunicorn) -> None:
+    """A request that takes longer than Gunicorn's time-out, which then gives its worker about a second."""
+    with suppress(OSError, HTTPException):
+        shop.call("/nap?seconds=50", timeout=DEADLINE)
+
+
+def stop_quickly(shop: Gunicorn) -> None:
+    """The second Ctrl-C, by which Gunicorn gives its workers two seconds."""
+    os.kill(shop.pid, signal.SIGTERM)
+    wait_until(lambda: "Handling signal: term" in shop.log.read_text(), within=DEADLINE, what="the first")
+    os.kill(shop.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("model", "act", "number"),
+    [
+        ((*MODELS["sync"], "--timeout=6"), time_out, 1),
+        (MODELS["sync"], stop_quickly, WORKERS),
+        (AIOHTTP, stop_quickly, WORKERS),
+    ],
+    ids=["sync, time-out", "sync, quick", "aiohttp, quick"],
+)
+def test_given_a_moment(model: tuple[str, ...], act: Callable[[Gunicorn], None], number: int) -> None:
+    """While the agent hangs, a worker that Gunicorn gives no more than a moment ends within that: nobody kills it."""
+    agent = Consul()
+    shop = server(agent, *model, CONSUL_PROM_STOP_TIMEOUT="5")
+    (shop.directory / "gunicorn.conf.py").write_text(CONFIGURATION)
+    with agent, shop:
+        wait_until(lambda: settled(agent, shop), within=DEADLINE, what="the entries")
+        workers = shop.workers()
+
+        def gone() -> set[int]:
+            return workers - (shop.workers() if shop.running else set())
+
+        agent.pause()
+        act(shop)
+        wait_until(lambda: len(gone()) == number, within=DEADLINE, what="the end")
+        exits = shop.directory / "exits"
+        assert exits.exists(), "the user's hook comes after ours"
+        assert {int(pid) for pid in exits.read_text().split()} == gone()
