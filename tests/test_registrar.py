@@ -10,7 +10,7 @@ import pytest
 
 from consul_prom.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.errors import AgentBusy, AgentTimeout, EntryTaken, SlotError
+from consul_prom.errors import AgentBusy, AgentConfused, AgentTimeout, EntryTaken, SlotError
 from consul_prom.registrar import TURN, Registrar, backoff
 from consul_prom.registration import MARKER, Registration
 from consul_prom.settings import TAG, load
@@ -72,7 +72,7 @@ class TestSync:
         reasons: list[str] = []
         registrar = Registrar(client, WANTED, on_registration=reasons.append)
         assert not registrar.registered
-        assert await registrar.sync()
+        await registrar.sync()
         assert (registrar.registered, registrar.trouble, reasons) == (True, "", ["start"])
         entry = await client.service(WANTED.id)
         assert entry
@@ -121,6 +121,14 @@ class TestSync:
         await other.deregister(WANTED.id)
         await registrar.sync()
         assert reasons == ["start", "lost"]
+
+    async def test_empty_yes(self, agent: DevAgent, client: AgentClient) -> None:
+        """A registration that was answered by something else than the agent, with a 200, is none."""
+        registrar = Registrar(client, WANTED)
+        agent.fault = Fault(path="/v1/agent/service/register", status=200, body="<html>")
+        with pytest.raises(AgentConfused, match="CONSUL_HTTP_ADDR"):
+            await registrar.sync()
+        assert not registrar.registered
 
     async def test_predecessor(self, client: AgentClient, other: AgentClient) -> None:
         """The entry of the slot's dead worker, of the same directory, is taken over."""
@@ -441,7 +449,7 @@ class TestOnRealConsul:
         reasons: list[str] = []
         registrar = Registrar(real, registration(**changes), on_registration=reasons.append)
         entry = await registrar.sync()
-        assert await registrar.sync(entry)
+        await registrar.sync(entry)
         await registrar.sync()
         assert reasons == ["start"]
 

@@ -69,6 +69,7 @@ FAULTS = {
     "html": (Fault(answer=answer(200, "<html>proxy</html>", {"Content-Type": "text/html"})), "sent no JSON: '<html>"),
     "redirect": (Fault(answer=answer(307, "", {"Location": "http://127.0.0.1:1/"})), "answered 307"),
     "moved": (Fault(answer=answer(301, "", {"Location": "/ui/"})), "answered 301"),
+    "yes to all": (Fault(match=REGISTER, answer=answer(200, "<html>proxy</html>")), "took it and has it not"),
     "no JSON": (Fault(answer=answer(200, "{", JSON)), "sent no JSON"),
     "deep JSON": (Fault(answer=answer(200, "[" * 100_000, JSON)), "sent no JSON"),
     "endless number": (Fault(answer=answer(200, "1" * 10_000, JSON)), "sent no JSON"),
