@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -25,7 +25,6 @@ from consul_prom.errors import (
     AgentBusy,
     AgentConfused,
     AgentDenied,
-    AgentFailed,
     AgentNotFound,
     AgentTimeout,
     AgentUnreachable,
@@ -33,6 +32,7 @@ from consul_prom.errors import (
 from consul_prom.settings import Settings
 from consul_prom.wire import (
     LARGEST_ENTRY,
+    WITHHELD,
     expect,
     raise_for_status,
     request_headers,
@@ -150,11 +150,8 @@ class AgentClient:
     async def deregister_from_catalogue(self, entry_id: str, node: str) -> None:
         """Remove an entry that the agent no longer has, but lacked the right to remove from the catalogue."""
         body = json.dumps({"Node": node, "ServiceID": entry_id})
-        try:
+        with suppress(AgentNotFound):
             await self._transport.put(self._json(), "/v1/catalog/deregister", data=body)
-        except AgentFailed as error:
-            if "Unknown service ID" not in str(error):  # as 500, where others are 404
-                raise
 
     @property
     def credentials(self) -> int:
@@ -359,12 +356,12 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> str:
 
 def _found_or_withheld(response: Any) -> bool:
     """Whether a list has items, or would have them for a token with more rights."""
-    return bool(json.loads(response.body)) or "X-Consul-Results-Filtered-By-ACLs" in response.headers
+    return bool(json.loads(response.body)) or WITHHELD in response.headers
 
 
 def _found_and_told(response: Any) -> list[Any]:
     """A list, of which nothing is withheld."""
-    if "X-Consul-Results-Filtered-By-ACLs" in response.headers:
+    if WITHHELD in response.headers:
         raise AgentDenied("the token may not read nodes, so the agent withholds entries")
     found = json.loads(response.body)
     return found if isinstance(found, list) else []
