@@ -23,8 +23,6 @@ from tests.services.consul import Consul
 from tests.services.proxy import NONE, Fault, Proxy, answer, bomb
 from tests.services.waiting import wait_until
 
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
-
 BUSY = "Your IP is issuing too many concurrent connections, please rate limit your calls\n"
 JSON = {"Content-Type": "application/json"}
 STATUSES = {

@@ -24,8 +24,6 @@ from tests.faults.scene import WATCH, Document, Scene, repair
 from tests.services.consul import Consul
 from tests.services.waiting import eventually, wait_until
 
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
-
 ID = "shop.web-1.0"
 
 

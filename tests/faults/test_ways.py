@@ -21,8 +21,6 @@ from tests.services.prometheus import HASTY, Prometheus
 from tests.services.proxy import Proxy
 from tests.services.waiting import wait_until
 
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
-
 MOST_CONNECTIONS = 200
 """Consul's limits.http_max_conns_per_client."""
 
@@ -102,7 +100,8 @@ def test_ipv6(consul: Consul, scene: MakeScene) -> None:
 class TestConnections:
     """The limit of connections, which is shared by all of a client address, or all of a unix socket."""
 
-    @pytest.mark.parametrize("way", [pytest.param("tcp", marks=pytest.mark.full), "unix"])
+    @pytest.mark.full
+    @pytest.mark.parametrize("way", ["tcp", "unix"])
     def test_none_left(
         self, request: pytest.FixtureRequest, tmp_path: Path, unix_path: Path, short_turns: None, way: str
     ) -> None:
@@ -123,6 +122,19 @@ class TestConnections:
             repair([scene])
             assert set(scene.failures) == {"busy"}
             assert len(scene.warnings) == 1
+
+    def test_calls(self, tmp_path: Path) -> None:
+        """An agent that may ask its servers no more has the entry, and drops it, as soon as ever; nobody is warned."""
+        with (
+            Consul(config={"limits": {"rpc_rate": 0.5, "rpc_max_burst": 1}}) as consul,
+            Scene(consul, tmp_path) as scene,
+        ):
+            scene.lose()
+            repair([scene])
+            wait_until(lambda: busy(consul), within=20, what="the limit reached")
+            scene.worker.stop()
+            assert scene.entry is None
+            assert not scene.warnings
 
     @pytest.mark.full
     @pytest.mark.parametrize(
@@ -174,6 +186,11 @@ def taken(connect: Callable[[], socket.socket]) -> Iterator[None]:
         holding.join()
         for connection in held:
             connection.close()
+
+
+def busy(consul: Consul) -> bool:
+    """Whether the catalogue cannot be read."""
+    return consul.call("/v1/catalog/service/shop-metrics") == (429, "RPC rate limit exceeded")
 
 
 def answered(consul: Consul) -> bool:
