@@ -32,6 +32,7 @@ from consul_prom.errors import (
 from consul_prom.settings import Settings
 from consul_prom.wire import (
     LARGEST_ENTRY,
+    SOMETHING,
     WITHHELD,
     expect,
     raise_for_status,
@@ -104,7 +105,7 @@ class AgentClient:
         except AgentNotFound:
             return None
         if service_document(document).get("ID") != entry_id:
-            raise AgentConfused(f"the agent sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
+            raise AgentConfused(f"{SOMETHING} sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
         return Entry(document, str(document.get("ContentHash", "")))
 
     async def services(self, expression: str) -> dict[str, dict[str, Any]]:
@@ -350,7 +351,7 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> str:
     async for chunk in response.content.iter_chunked(2**16):
         chunks += chunk
         if len(chunks) > most:
-            raise AgentConfused(f"{response.url.path} answered with more than {most >> 20} MiB")
+            raise AgentConfused(f"{SOMETHING} answered {response.url.path} with more than {most >> 20} MiB")
     return chunks.decode(errors="replace")
 
 

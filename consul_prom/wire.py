@@ -36,6 +36,8 @@ from consul_prom.settings import Settings
 LARGEST_ENTRY: Final = 2**20
 WITHHELD: Final = "X-Consul-Results-Filtered-By-ACLs"
 """A header: for another token the list might be longer."""
+SOMETHING: Final = "what listens at CONSUL_HTTP_ADDR"
+"""Which is no agent, by its answers."""
 _PLAIN: Final = frozenset(
     {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT, errno.EACCES, errno.EHOSTUNREACH}
     | {errno.ENETUNREACH, errno.ETIMEDOUT}
@@ -87,7 +89,7 @@ class _Answer(NamedTuple):
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
-            raise AgentConfused(f"the agent sent no JSON: {self.body!r:.100}") from None
+            raise AgentConfused(f"{SOMETHING} sent no JSON: {self.body!r:.100}") from None
 
 
 def _ask_now(
@@ -131,7 +133,7 @@ def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: floa
         chunk = stream.recv(2**16)
         received += chunk
         if len(received) > LARGEST_ENTRY:
-            raise AgentConfused(f"{connection.host} answered with more than {LARGEST_ENTRY >> 20} MiB")
+            raise AgentConfused(f"{SOMETHING} answered with more than {LARGEST_ENTRY >> 20} MiB")
         if not chunk:
             break
     response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]
@@ -255,7 +257,7 @@ def service_document(found: Any) -> dict[str, Any]:
 
 def expect(found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
     if not isinstance(found, kind):
-        raise AgentConfused(f"the agent sent JSON of the wrong shape: {json.dumps(found)[:100]}")
+        raise AgentConfused(f"{SOMETHING} sent JSON of the wrong shape: {json.dumps(found)[:100]}")
     return found
 
 

@@ -150,7 +150,7 @@ async def test_entry_in_the_last_moments(agent: DevAgent, client: AgentClient, m
             await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
     agent.fault = Fault(status=200, body="x" * 5000)
     monkeypatch.setattr("consul_prom.wire.LARGEST_ENTRY", 4000)
-    with pytest.raises(AgentConfused, match="answered with more than"):
+    with pytest.raises(AgentConfused, match="CONSUL_HTTP_ADDR answered with more than"):
         await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
 
 

@@ -148,6 +148,7 @@ def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
     assert any(re.search(FAULTS[name][1], trouble) for trouble in outcome.troubles), outcome
     assert 1 <= len(outcome.warnings) <= 2, outcome
     assert len(outcome.messages) <= 6, outcome
+    assert all("CONSUL_HTTP_ADDR" in line for line in outcome.warnings), outcome
     assert all(len(line) < 600 and line.isprintable() for line in outcome.messages), outcome
 
 
