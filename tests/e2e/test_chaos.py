@@ -48,8 +48,8 @@ def test_chaos(seed: int, seconds: float) -> None:
             assert len(links) < 27 + 4 * guests, (guests, links)
         names = {path.name for path in (chaos.shop.directory / "slots").iterdir()}
         slots = range(2 * WORKERS + 4)
-        masters = {"shop.master.lock", "shop.masters", "shop.master.0"}
-        assert names <= {"id"} | masters | {*(f"shop.{it}.{end}" for it in slots for end in ("lock", "ledger"))}
+        shared = {"id", "shop.master.lock", "shop.masters", "shop.master.0"}
+        assert not names - shared - {f"shop.{number}.{end}" for number in slots for end in ("lock", "ledger")}
         found = [*told(chaos.consul, chaos.shop)]
         workers = set(chaos.shop.workers())
         chaos.shop.stop(within=30)
