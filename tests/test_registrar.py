@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -158,6 +158,14 @@ class TestSync:
         entry = await client.service(WANTED.id)
         assert entry
         assert entry.document["Port"] == 9100
+
+    async def test_a_moment_later(self, client: AgentClient, other: AgentClient) -> None:
+        """Of two that register at the same moment, the one who was first finds the other's entry, and knows."""
+        registrar = Registrar(_Hindmost(client, other), WANTED)
+        with pytest.raises(EntryTaken, match="pid 8 of another directory"):
+            await registrar.sync()
+        assert not registrar.registered
+        assert await registrar.deregister() is False
 
     async def test_foreign(self, client: AgentClient, other: AgentClient) -> None:
         """An entry without our marker is never touched, critical or not."""
@@ -398,6 +406,19 @@ class _BusyWatch(_Wrapped):
 class _HastyWatch(_Wrapped):
     async def watch(self, entry_id: str) -> Any:
         return await self._client.service(entry_id)
+
+
+class _Hindmost(_Wrapped):
+    """Somebody of another directory registers at the same moment, and is the last who does."""
+
+    def __init__(self, client: AgentClient, other: AgentClient) -> None:
+        super().__init__(client)
+
+        async def both(document: Mapping[str, Any]) -> None:
+            await client.register(document)
+            await other.register(registration(port=9101, meta={"dir": "xyz:/other", "pid": "8"}).document())
+
+        self.register = both
 
 
 async def _never(_seconds: float) -> None:
