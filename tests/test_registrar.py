@@ -2,15 +2,22 @@
 
 import asyncio
 import itertools
+import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import hypothesis
 import pytest
+from consul.base import Consul as Consul2
+from consul.base import Response
+from hypothesis import given
+from hypothesis import strategies as st
 
-from consul_prom.client import AgentClient
+from consul_prom.client import AgentClient, _Groups
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.errors import AgentBusy, AgentConfused, AgentTimeout, EntryTaken, SlotError
+from consul_prom.errors import AgentBusy, AgentConfused, AgentError, AgentTimeout, EntryTaken, SlotError
 from consul_prom.registrar import TURN, Registrar, backoff
 from consul_prom.registration import MARKER, Registration
 from consul_prom.settings import TAG, load
@@ -450,6 +457,73 @@ async def real(consul: Consul) -> AsyncIterator[AgentClient]:
     yield client
     await client.deregister(WANTED.id)
     await client.aclose()
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(["critical", "passing", "30s"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+GONE = object()
+
+
+def spoilt(document: Mapping[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """The *document*, with anything in place of some of what it has, or nothing."""
+    changes = st.dictionaries(st.sampled_from(sorted(document)), ANYTHING | st.just(GONE), max_size=2)
+    return changes.map(lambda new: {key: it for key, it in {**document, **new}.items() if it is not GONE})
+
+
+CHECK = {
+    "Node": "node",
+    "CheckID": f"service:{WANTED.id}",
+    "Name": WANTED.check_name,
+    "Notes": WANTED.check_notes,
+    "Type": "http",
+    "Interval": "30s",
+    "Timeout": "5s",
+    "Status": "critical",
+    "Output": "connection refused",
+}
+BARE = {key: it for key, it in {**WANTED.document(), "Service": WANTED.name}.items() if key != "Meta"}
+ENTRIES = st.builds(lambda bare, meta: {**bare, "Meta": meta}, spoilt(BARE), spoilt(WANTED.meta) | ANYTHING) | ANYTHING
+CHECKS = st.dictionaries(st.text(max_size=3), spoilt(CHECK) | ANYTHING, max_size=2) | ANYTHING
+
+
+class _Talkative:
+    """A transport that answers with the next of what it has for such a question."""
+
+    settings = load({}, environ={})
+
+    def __init__(self, entries: Sequence[Any], checks: Sequence[Any], other: Any) -> None:
+        self._entries, self._checks, self._other = itertools.cycle(entries), itertools.cycle(checks), other
+
+    async def get(self, callback: Callable[[Any], Any], path: str, *_more: Any, **_named: Any) -> Any:
+        found = next(self._entries) if path.startswith("/v1/agent/service/") else self._other
+        text = json.dumps(next(self._checks) if path == "/v1/agent/checks" else found)
+        return callback(Response(200, {}, text, text.encode()))
+
+    async def put(self, callback: Callable[[Any], Any], *_more: Any, **_named: Any) -> Any:
+        return callback(Response(200, {}, "true", b"true"))
+
+
+@hypothesis.settings(max_examples=500, deadline=None)
+@given(
+    entries=st.lists(ENTRIES, min_size=1, max_size=4), checks=st.lists(CHECKS, min_size=1, max_size=2), other=ANYTHING
+)
+def test_any_json(entries: list[Any], checks: list[Any], other: Any) -> None:
+    """Whatever JSON comes in place of the agent's, a turn and a farewell are done, or fail as expected."""
+
+    async def live() -> None:
+        client = AgentClient(_Talkative.settings)
+        talk: Any = _Talkative(entries, checks, other)
+        client._transport, client._agent = talk, Consul2.Agent(_Groups(talk))
+        registrar = Registrar(client, WANTED)
+        for part in (registrar.sync, registrar.sync, registrar.deregister):
+            with suppress(AgentError):
+                await part()
+
+    asyncio.run(live())
 
 
 class TestOnRealConsul:
