@@ -10,9 +10,10 @@ import errno
 import importlib
 import json
 import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -24,7 +25,6 @@ from consul_prom.errors import (
     AgentBusy,
     AgentConfused,
     AgentDenied,
-    AgentFailed,
     AgentNotFound,
     AgentTimeout,
     AgentUnreachable,
@@ -32,6 +32,8 @@ from consul_prom.errors import (
 from consul_prom.settings import Settings
 from consul_prom.wire import (
     LARGEST_ENTRY,
+    SOMETHING,
+    WITHHELD,
     expect,
     raise_for_status,
     request_headers,
@@ -103,7 +105,7 @@ class AgentClient:
         except AgentNotFound:
             return None
         if service_document(document).get("ID") != entry_id:
-            raise AgentConfused(f"the agent sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
+            raise AgentConfused(f"{SOMETHING} sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
         return Entry(document, str(document.get("ContentHash", "")))
 
     async def services(self, expression: str) -> dict[str, dict[str, Any]]:
@@ -149,11 +151,8 @@ class AgentClient:
     async def deregister_from_catalogue(self, entry_id: str, node: str) -> None:
         """Remove an entry that the agent no longer has, but lacked the right to remove from the catalogue."""
         body = json.dumps({"Node": node, "ServiceID": entry_id})
-        try:
+        with suppress(AgentNotFound):
             await self._transport.put(self._json(), "/v1/catalog/deregister", data=body)
-        except AgentFailed as error:
-            if "Unknown service ID" not in str(error):  # as 500, where others are 404
-                raise
 
     @property
     def credentials(self) -> int:
@@ -194,6 +193,7 @@ class _Transport:
         self.settings = settings
         self._timeout = timeout
         self._session: aiohttp.ClientSession | None = None
+        self._tls: ssl.SSLContext | None = None
         self.resolver = _Resolver()
 
     async def get(
@@ -243,7 +243,7 @@ class _Transport:
 
         with_scope = urlencode({**(params or {}), **scope(self.settings)})
         deadline = self._timeout + patience
-        async with _mapped(self.settings, deadline), asyncio.timeout(deadline):
+        async with self._mapped(deadline), asyncio.timeout(deadline):
             url = URL(f"{self._base()}{path}?{with_scope}", encoded=True)
             response = await self._opened().request(
                 method,
@@ -251,6 +251,7 @@ class _Transport:
                 data=data or None,
                 headers={**(headers or {}), **request_headers(self.settings)},
                 allow_redirects=False,
+                ssl=self._context(),
                 server_hostname=self.settings.consul_tls_server_name,
             )
             async with response:
@@ -260,6 +261,26 @@ class _Transport:
             return callback(Response(response.status, response.headers, text, text.encode()))
         except (ValueError, RecursionError):
             raise AgentConfused(f"{who(self.settings)} sent no JSON: {text[:100]!r}") from None
+
+    @asynccontextmanager
+    async def _mapped(self, deadline: float) -> AsyncIterator[None]:
+        """No library's exception leaves this module."""
+        agent = who(self.settings)
+        try:
+            yield
+        except TimeoutError:
+            raise AgentTimeout(f"{agent} did not answer within {round(deadline, 1):g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            if self.settings.consul_http_addr.socket and isinstance(error, OSError) and error.errno == errno.EPIPE:
+                # How the 429 for one connection too many looks there: the agent does not wait for the request.
+                raise AgentBusy(f"{agent} hung up: its users share limits.http_max_conns_per_client") from error
+            self._tls = None  # certificates expire, and are replaced in their files
+            raise AgentUnreachable(f"{agent}: {text_of(error)}") from error
+
+    def _context(self) -> ssl.SSLContext | bool:
+        if self._tls is None and self.settings.consul_http_addr.scheme == "https":
+            self._tls = tls_context(self.settings)
+        return self._tls or True
 
     def _base(self) -> str:
         target = self.settings.consul_http_addr
@@ -273,8 +294,7 @@ class _Transport:
             if target.socket:
                 connector = aiohttp.UnixConnector(target.socket, keepalive_timeout=IDLE)
             else:
-                context = tls_context(self.settings) if target.scheme == "https" else True
-                connector = aiohttp.TCPConnector(resolver=self.resolver, ssl=context, keepalive_timeout=IDLE)
+                connector = aiohttp.TCPConnector(resolver=self.resolver, keepalive_timeout=IDLE)
             self._session = aiohttp.ClientSession(
                 connector=connector,
                 timeout=aiohttp.ClientTimeout(total=None),
@@ -333,32 +353,18 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> str:
     async for chunk in response.content.iter_chunked(2**16):
         chunks += chunk
         if len(chunks) > most:
-            raise AgentConfused(f"{response.url.path} answered with more than {most >> 20} MiB")
+            raise AgentConfused(f"{SOMETHING} answered {response.url.path} with more than {most >> 20} MiB")
     return chunks.decode(errors="replace")
-
-
-@asynccontextmanager
-async def _mapped(settings: Settings, deadline: float) -> AsyncIterator[None]:
-    """No library's exception leaves this module."""
-    try:
-        yield
-    except TimeoutError:
-        raise AgentTimeout(f"{who(settings)} did not answer within {round(deadline, 1):g} s") from None
-    except (aiohttp.ClientError, OSError) as error:
-        if settings.consul_http_addr.socket and isinstance(error, OSError) and error.errno == errno.EPIPE:
-            # How the 429 for one connection too many looks there: the agent does not wait for the request.
-            raise AgentBusy(f"{who(settings)} hung up: its users share limits.http_max_conns_per_client") from error
-        raise AgentUnreachable(f"{who(settings)}: {text_of(error)}") from error
 
 
 def _found_or_withheld(response: Any) -> bool:
     """Whether a list has items, or would have them for a token with more rights."""
-    return bool(json.loads(response.body)) or "X-Consul-Results-Filtered-By-ACLs" in response.headers
+    return bool(json.loads(response.body)) or WITHHELD in response.headers
 
 
 def _found_and_told(response: Any) -> list[Any]:
     """A list, of which nothing is withheld."""
-    if "X-Consul-Results-Filtered-By-ACLs" in response.headers:
+    if WITHHELD in response.headers:
         raise AgentDenied("the token may not read nodes, so the agent withholds entries")
     found = json.loads(response.body)
     return found if isinstance(found, list) else []

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 
 from consul_prom.errors import (
     AgentBusy,
+    AgentConfused,
     AgentDenied,
     AgentError,
     AgentFailed,
@@ -134,7 +135,7 @@ class Registrar:
                 seen, delays = None, delays or backoff(self._clock, self._random)
                 await self._sleep(next(delays))
 
-    async def sync(self, seen: EntryLike | None = None) -> EntryLike | None:
+    async def sync(self, seen: EntryLike | None = None) -> EntryLike:
         """One turn: compare, and repair what differs. Returns the entry, whose hash can be waited on.
 
         *seen* is the entry where it was read just now.
@@ -145,11 +146,15 @@ class Registrar:
         """
         existing = seen or await self._agent.service(self._wanted.id)
         reason, words = await self._reason(existing)
-        if reason:
+        if existing is None or reason:
             self.registered = False
             await self._register(existing)
             existing = await self._agent.service(self._wanted.id)
-            if existing and self._foreign(existing.document):
+            if existing is None:
+                raise AgentConfused(
+                    "the agent took it and has it not: CONSUL_HTTP_ADDR is no agent, or it is removed at once"
+                )
+            if self._foreign(existing.document):
                 await self._respect(existing.document)  # another directory's worker was a moment later
             self._on_registration(reason)
             self._repairs.append(self._clock())
@@ -258,10 +263,10 @@ class Registrar:
                 "set CONSUL_PROM_HOST so that the two differ"
             )
 
-    async def _wait(self, entry: EntryLike | None) -> EntryLike | None:
+    async def _wait(self, entry: EntryLike) -> EntryLike | None:
         """Until it is time to look again: the entry has changed, or the time is over. The entry if that has read it."""
         turn, begun = TURN * (0.8 + 0.4 * self._random()), self._clock()
-        if not (self._watch and entry) or begun < self._watch_from or self._embattled(begun):
+        if not self._watch or begun < self._watch_from or self._embattled(begun):
             await self._sleep(turn)
             return None
         try:

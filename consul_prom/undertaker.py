@@ -18,7 +18,7 @@ from consul_prom.errors import AgentError, AgentTimeout
 from consul_prom.registration import entry_id, is_of
 from consul_prom.settings import Settings
 from consul_prom.sparing import SparingLog
-from consul_prom.wire import deregister_now, service_now
+from consul_prom.wire import remove_now, service_now
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Undertaker:
             entry = service_now(self._settings, dead, timeout=self._left(), hosts=hosts)
             if entry and is_of(entry, self._settings.dir):
                 left = max(self._left() - (self._clock() - begun), LEAST)
-                deregister_now(self._settings, dead, timeout=left, hosts=hosts)
+                remove_now(self._settings, entry, timeout=left, hosts=hosts)
                 log.info("removed %s: its worker is dead, since the lock of its slot is free", dead)
         except AgentError as error:
             if isinstance(error, AgentTimeout):

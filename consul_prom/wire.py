@@ -1,7 +1,7 @@
 """How an agent is spoken to, by whom ever: addresses, TLS, headers, what a status means. And by those who cannot wait.
 
-The last moments of a process, and Gunicorn's master, have no event loop, no thread and no name server: `deregister_now`
-and `service_now` need none, and none of a worker's libraries.
+The last moments of a process, and Gunicorn's master, have no event loop, no thread and no name server:
+`deregister_now`, `service_now` and `remove_now` need none, and none of a worker's libraries.
 """
 
 import base64
@@ -13,10 +13,10 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
 from consul_prom.errors import (
@@ -34,6 +34,10 @@ from consul_prom.errors import (
 from consul_prom.settings import Settings
 
 LARGEST_ENTRY: Final = 2**20
+WITHHELD: Final = "X-Consul-Results-Filtered-By-ACLs"
+"""A header: for another token the list might be longer."""
+SOMETHING: Final = "what listens at CONSUL_HTTP_ADDR"
+"""Which is no agent, by its answers."""
 _PLAIN: Final = frozenset(
     {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT, errno.EACCES, errno.EHOSTUNREACH}
     | {errno.ENETUNREACH, errno.ETIMEDOUT}
@@ -53,23 +57,60 @@ def service_now(
     settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()
 ) -> dict[str, Any] | None:
     """`AgentClient.service` in the same way: the entry, or None."""
-    body = _ask_now(settings, "GET", f"/v1/agent/service/{quote(entry_id, safe='')}", timeout=timeout, hosts=hosts)
-    try:
-        return None if body is None else service_document(json.loads(body))
-    except (ValueError, RecursionError):
-        raise AgentConfused(f"{who(settings)} sent no JSON: {body!r:.100}") from None
+    path = f"/v1/agent/service/{quote(entry_id, safe='')}"
+    answer = _ask_now(settings, "GET", path, timeout=timeout, hosts=hosts)
+    return answer and service_document(answer.json())
 
 
-def _ask_now(settings: Settings, method: str, path: str, *, timeout: float, hosts: Sequence[str]) -> bytes | None:
-    """The answer's body, or None where there is no such entry."""
+def remove_now(settings: Settings, entry: Mapping[str, Any], *, timeout: float, hosts: Sequence[str] = ()) -> None:
+    """Deregister an entry in the same way, and, where tokens matter, see to it that the catalogue follows."""
+    ends_at, entry_id = time.monotonic() + timeout, entry["ID"]
+
+    def ask(method: str, path: str, **more: Any) -> Any:
+        return _ask_now(settings, method, path, timeout=max(ends_at - time.monotonic(), 0), hosts=hosts, **more)
+
+    expression, node = f'ServiceID == "{entry_id}"', ""
+    if "X-Consul-Token" in request_headers(settings):  # an agent without a token of its own may not tell the catalogue
+        checks = ask("GET", "/v1/agent/checks", params={"filter": expression})
+        node = next((check["Node"] for check in expect(checks.json(), dict).values() if "Node" in check), "")
+    ask("PUT", f"/v1/agent/service/deregister/{quote(entry_id, safe='')}")
+    if node:
+        params = {"filter": f'{expression} and Node == "{node}"'}
+        found = ask("GET", f"/v1/catalog/service/{quote(entry['Service'], safe='')}", params=params)
+        if found.json() or WITHHELD in found.headers:
+            ask("PUT", "/v1/catalog/deregister", data=json.dumps({"Node": node, "ServiceID": entry_id}))
+
+
+class _Answer(NamedTuple):
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        try:
+            return json.loads(self.body)
+        except (ValueError, RecursionError):
+            raise AgentConfused(f"{SOMETHING} sent no JSON: {self.body!r:.100}") from None
+
+
+def _ask_now(
+    settings: Settings,
+    method: str,
+    path: str,
+    *,
+    timeout: float,
+    hosts: Sequence[str],
+    params: Mapping[str, str] | None = None,
+    data: str | None = None,
+) -> _Answer | None:
+    """None where there is no such entry."""
     target, ends_at = settings.consul_http_addr, time.monotonic() + timeout
-    url = f"{target.prefix}{path}?{urlencode(scope(settings))}"
+    url = f"{target.prefix}{path}?{urlencode({**(params or {}), **scope(settings)})}"
     for host in hosts or (target.host,):
         try:
             with closing(_connection(settings, host, _left(ends_at))) as connection:
-                connection.request(method, url, headers={**request_headers(settings), "Connection": "close"})
-                status, body = _read_now(connection, method, ends_at)
-            raise_for_status(settings, status, body[:500].decode(errors="replace"))
+                connection.request(method, url, data, headers={**request_headers(settings), "Connection": "close"})
+                status, answer = _read_now(connection, method, ends_at)
+            raise_for_status(settings, status, answer.body[:500].decode(errors="replace"))
         except AgentNotFound:
             return None
         except ConnectionRefusedError as error:
@@ -79,11 +120,11 @@ def _ask_now(settings: Settings, method: str, path: str, *, timeout: float, host
         except (OSError, http.client.HTTPException) as error:
             raise AgentUnreachable(f"{who(settings)}: {text_of(error)}") from error
         else:
-            return body
+            return answer
     raise AgentUnreachable(f"{who(settings)}: {text_of(refused)}")
 
 
-def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: float) -> tuple[int, bytes]:
+def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: float) -> tuple[int, _Answer]:
     """To the end of the stream: a time-out of the socket's is for each read, and an agent may send byte by byte."""
     stream: Any = connection.sock
     received = bytearray()
@@ -92,12 +133,12 @@ def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: floa
         chunk = stream.recv(2**16)
         received += chunk
         if len(received) > LARGEST_ENTRY:
-            raise AgentConfused(f"{connection.host} answered with more than {LARGEST_ENTRY >> 20} MiB")
+            raise AgentConfused(f"{SOMETHING} answered with more than {LARGEST_ENTRY >> 20} MiB")
         if not chunk:
             break
     response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]
     response.begin()
-    return response.status, response.read()
+    return response.status, _Answer(response.headers, response.read())
 
 
 def _left(ends_at: float) -> float:
@@ -203,6 +244,8 @@ def raise_for_status(settings: Settings, status: int, body: str) -> None:
     kind = kinds.get(status, AgentFailed if status >= 500 else AgentConfused)
     if kind is AgentNotFound and "service ID" not in body:  # a proxy's, which knows nothing of the entry
         kind = AgentConfused
+    if status == 500 and "Unknown service ID" in body:  # so says the catalogue
+        kind = AgentNotFound
     raise kind(f"{who(settings)} answered {status}: {' '.join(body.split())[:200]}")
 
 
@@ -214,7 +257,7 @@ def service_document(found: Any) -> dict[str, Any]:
 
 def expect(found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
     if not isinstance(found, kind):
-        raise AgentConfused(f"the agent sent JSON of the wrong shape: {json.dumps(found)[:100]}")
+        raise AgentConfused(f"{SOMETHING} sent JSON of the wrong shape: {json.dumps(found)[:100]}")
     return found
 
 

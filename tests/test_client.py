@@ -2,12 +2,14 @@
 
 import asyncio
 import base64
+import shutil
 import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,7 @@ async def test_entry_in_the_last_moments(agent: DevAgent, client: AgentClient, m
             await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
     agent.fault = Fault(status=200, body="x" * 5000)
     monkeypatch.setattr("consul_prom.wire.LARGEST_ENTRY", 4000)
-    with pytest.raises(AgentConfused, match="answered with more than"):
+    with pytest.raises(AgentConfused, match="CONSUL_HTTP_ADDR answered with more than"):
         await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
 
 
@@ -420,6 +422,24 @@ async def test_tls_trouble(
     await client.aclose()
     with pytest.raises(AgentUnreachable, match=words):
         await asyncio.to_thread(deregister_now, wrong, "x", timeout=5)
+
+
+async def test_expired(authority: trustme.CA, tls_consul: Consul, files: dict[str, str], tmp_path: Path) -> None:
+    """A certificate that has expired is refused in the agent's words, and one that replaces it is taken up."""
+    now = datetime.now(UTC)
+    late = authority.issue_cert("client.example", not_before=now - timedelta(9), not_after=now - timedelta(1))
+    paths = {"consul_client_cert": tmp_path / "cert", "consul_client_key": tmp_path / "key"}
+    late.cert_chain_pems[0].write_to_path(str(paths["consul_client_cert"]))
+    late.private_key_pem.write_to_path(str(paths["consul_client_key"]))
+    rotated = settings(tls_consul.url, **tls_arguments(files) | {name: str(path) for name, path in paths.items()})
+    client = AgentClient(rotated)
+    with pytest.raises(AgentUnreachable, match=r"(?i)CERTIFICATE.EXPIRED"):
+        await client.self_()
+    with pytest.raises(AgentUnreachable, match=r"(?i)CERTIFICATE.EXPIRED"):
+        await asyncio.to_thread(deregister_now, rotated, "x", timeout=5)
+    for name, path in paths.items():
+        shutil.copy(tls_arguments(files)[name], path)
+    await round_trip(client)
 
 
 async def test_http_to_https(tls_consul: Consul) -> None:

@@ -2,15 +2,22 @@
 
 import asyncio
 import itertools
+import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+import hypothesis
 import pytest
+from consul.base import Consul as Consul2
+from consul.base import Response
+from hypothesis import given
+from hypothesis import strategies as st
 
-from consul_prom.client import AgentClient
+from consul_prom.client import AgentClient, _Groups
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.errors import AgentBusy, AgentTimeout, EntryTaken, SlotError
+from consul_prom.errors import AgentBusy, AgentConfused, AgentError, AgentTimeout, EntryTaken, SlotError
 from consul_prom.registrar import TURN, Registrar, backoff
 from consul_prom.registration import MARKER, Registration
 from consul_prom.settings import TAG, load
@@ -72,7 +79,7 @@ class TestSync:
         reasons: list[str] = []
         registrar = Registrar(client, WANTED, on_registration=reasons.append)
         assert not registrar.registered
-        assert await registrar.sync()
+        await registrar.sync()
         assert (registrar.registered, registrar.trouble, reasons) == (True, "", ["start"])
         entry = await client.service(WANTED.id)
         assert entry
@@ -122,6 +129,14 @@ class TestSync:
         await registrar.sync()
         assert reasons == ["start", "lost"]
 
+    async def test_empty_yes(self, agent: DevAgent, client: AgentClient) -> None:
+        """A registration that was answered by something else than the agent, with a 200, is none."""
+        registrar = Registrar(client, WANTED)
+        agent.fault = Fault(path="/v1/agent/service/register", status=200, body="<html>")
+        with pytest.raises(AgentConfused, match="CONSUL_HTTP_ADDR"):
+            await registrar.sync()
+        assert not registrar.registered
+
     async def test_predecessor(self, client: AgentClient, other: AgentClient) -> None:
         """The entry of the slot's dead worker, of the same directory, is taken over."""
         await other.register(registration(port=1, meta={"pid": "6"}).document())
@@ -150,6 +165,14 @@ class TestSync:
         entry = await client.service(WANTED.id)
         assert entry
         assert entry.document["Port"] == 9100
+
+    async def test_a_moment_later(self, client: AgentClient, other: AgentClient) -> None:
+        """Of two that register at the same moment, the one who was first finds the other's entry, and knows."""
+        registrar = Registrar(_Hindmost(client, other), WANTED)
+        with pytest.raises(EntryTaken, match="pid 8 of another directory"):
+            await registrar.sync()
+        assert not registrar.registered
+        assert await registrar.deregister() is False
 
     async def test_foreign(self, client: AgentClient, other: AgentClient) -> None:
         """An entry without our marker is never touched, critical or not."""
@@ -392,6 +415,19 @@ class _HastyWatch(_Wrapped):
         return await self._client.service(entry_id)
 
 
+class _Hindmost(_Wrapped):
+    """Somebody of another directory registers at the same moment, and is the last who does."""
+
+    def __init__(self, client: AgentClient, other: AgentClient) -> None:
+        super().__init__(client)
+
+        async def both(document: Mapping[str, Any]) -> None:
+            await client.register(document)
+            await other.register(registration(port=9101, meta={"dir": "xyz:/other", "pid": "8"}).document())
+
+        self.register = both
+
+
 async def _never(_seconds: float) -> None:
     await asyncio.Event().wait()
 
@@ -423,6 +459,73 @@ async def real(consul: Consul) -> AsyncIterator[AgentClient]:
     await client.aclose()
 
 
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=3) | st.sampled_from(["critical", "passing", "30s"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)
+
+GONE = object()
+
+
+def spoilt(document: Mapping[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """The *document*, with anything in place of some of what it has, or nothing."""
+    changes = st.dictionaries(st.sampled_from(sorted(document)), ANYTHING | st.just(GONE), max_size=2)
+    return changes.map(lambda new: {key: it for key, it in {**document, **new}.items() if it is not GONE})
+
+
+CHECK = {
+    "Node": "node",
+    "CheckID": f"service:{WANTED.id}",
+    "Name": WANTED.check_name,
+    "Notes": WANTED.check_notes,
+    "Type": "http",
+    "Interval": "30s",
+    "Timeout": "5s",
+    "Status": "critical",
+    "Output": "connection refused",
+}
+BARE = {key: it for key, it in {**WANTED.document(), "Service": WANTED.name}.items() if key != "Meta"}
+ENTRIES = st.builds(lambda bare, meta: {**bare, "Meta": meta}, spoilt(BARE), spoilt(WANTED.meta) | ANYTHING) | ANYTHING
+CHECKS = st.dictionaries(st.text(max_size=3), spoilt(CHECK) | ANYTHING, max_size=2) | ANYTHING
+
+
+class _Talkative:
+    """A transport that answers with the next of what it has for such a question."""
+
+    settings = load({}, environ={})
+
+    def __init__(self, entries: Sequence[Any], checks: Sequence[Any], other: Any) -> None:
+        self._entries, self._checks, self._other = itertools.cycle(entries), itertools.cycle(checks), other
+
+    async def get(self, callback: Callable[[Any], Any], path: str, *_more: Any, **_named: Any) -> Any:
+        found = next(self._entries) if path.startswith("/v1/agent/service/") else self._other
+        text = json.dumps(next(self._checks) if path == "/v1/agent/checks" else found)
+        return callback(Response(200, {}, text, text.encode()))
+
+    async def put(self, callback: Callable[[Any], Any], *_more: Any, **_named: Any) -> Any:
+        return callback(Response(200, {}, "true", b"true"))
+
+
+@hypothesis.settings(max_examples=500, deadline=None)
+@given(
+    entries=st.lists(ENTRIES, min_size=1, max_size=4), checks=st.lists(CHECKS, min_size=1, max_size=2), other=ANYTHING
+)
+def test_any_json(entries: list[Any], checks: list[Any], other: Any) -> None:
+    """Whatever JSON comes in place of the agent's, a turn and a farewell are done, or fail as expected."""
+
+    async def live() -> None:
+        client = AgentClient(_Talkative.settings)
+        talk: Any = _Talkative(entries, checks, other)
+        client._transport, client._agent = talk, Consul2.Agent(_Groups(talk))
+        registrar = Registrar(client, WANTED)
+        for part in (registrar.sync, registrar.sync, registrar.deregister):
+            with suppress(AgentError):
+                await part()
+
+    asyncio.run(live())
+
+
 class TestOnRealConsul:
     """What the dev agent may get wrong: how Consul tells a document and a check again."""
 
@@ -441,7 +544,7 @@ class TestOnRealConsul:
         reasons: list[str] = []
         registrar = Registrar(real, registration(**changes), on_registration=reasons.append)
         entry = await registrar.sync()
-        assert await registrar.sync(entry)
+        await registrar.sync(entry)
         await registrar.sync()
         assert reasons == ["start"]
 

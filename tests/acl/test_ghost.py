@@ -1,6 +1,8 @@
 """An agent without a token of its own, which drops an entry and leaves it in the catalogue, passing."""
 
 import logging
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -10,6 +12,7 @@ from consul_prom.registrar import Registrar
 from consul_prom.settings import load
 from consul_prom.snippets import write_rule
 from tests.acl.access import Access, Make
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until
 from tests.test_registrar import WANTED, registration
 
@@ -112,6 +115,20 @@ def test_worker(helpless: Access, make: Make, caplog: pytest.LogCaptureFixture) 
     worker.stop()
     assert (helpless.entries(), helpless.catalogue()) == ({}, {})
     assert not said(caplog)
+
+
+@pytest.mark.parametrize("agent", ["helpless", "guarded"])
+def test_killed(request: pytest.FixtureRequest, agent: str) -> None:
+    """What Gunicorn's master removes for workers that it had to kill leaves nothing in the catalogue either."""
+    access: Access = request.getfixturevalue(agent)
+    settings = {"CONSUL_HTTP_ADDR": access.consul.url, "CONSUL_HTTP_TOKEN": access.token(RULE)}
+    with Gunicorn(workers=2, settings=settings, options=[*HOOKS, "--graceful-timeout=1"]) as shop:
+        wait_until(lambda: len(access.catalogue()) == 2, within=60, what="both in the catalogue")
+        for pid in shop.workers():
+            os.kill(pid, signal.SIGSTOP)
+        shop.stop(within=30)
+        assert "left to its siblings" not in shop.log.read_text()
+    assert (access.entries(), access.catalogue()) == ({}, {})
 
 
 class _Recording(AgentClient):

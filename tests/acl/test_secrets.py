@@ -1,10 +1,6 @@
 """No secret is in anything that a run writes, shows or tells, whatever went wrong in it."""
 
 import asyncio
-import json
-import os
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,36 +13,10 @@ from consul_prom.wire import deregister_now
 from consul_prom.worker import Worker
 from tests.acl.access import Access, Make, replace
 from tests.services.gunicorn import Gunicorn
+from tests.services.traces import fetch, told, written
 from tests.services.waiting import wait_until
 
 RULE = write_rule("shop-metrics")
-
-
-def fetch(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=5) as answer:
-        return str(answer.read().decode())
-
-
-def told(access: Access, shop: Gunicorn) -> Iterator[tuple[str, str]]:
-    """All that can be read of a running shop, and where."""
-    for pid in {shop.pid, *shop.workers()}:
-        yield f"process list, {pid}", Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
-    entries = access.entries()
-    yield "agent", json.dumps(entries)
-    yield "agent's checks", json.dumps(access.consul.call("/v1/agent/checks")[1])
-    yield "catalogue", json.dumps(access.consul.call("/v1/health/service/shop-metrics")[1])
-    for entry in entries.values():
-        origin = f"http://{entry['Address']}:{entry['Port']}"
-        for path in ("/", "/metrics", "/-/healthy"):
-            yield f"{path} of {entry['ID']}", fetch(origin + path)
-
-
-def written(shop: Gunicorn, *, but: Path) -> Iterator[tuple[str, str]]:
-    """All files of the shop, its log first."""
-    for folder, _, names in os.walk(shop.directory):
-        for file in (Path(folder, name) for name in names):
-            if file != but and file.is_file():
-                yield str(file), file.read_text(encoding="utf-8", errors="replace")
 
 
 @pytest.mark.parametrize("source", ["environment", "file"])
@@ -62,7 +32,7 @@ def test_gunicorn(guarded: Access, token_file: Path, source: str) -> None:
         assert RULE in shop.log.read_text()
         guarded.grant(token, RULE)
         wait_until(lambda: len(guarded.entries()) == 2, within=60, what="both registered")
-        found += told(guarded, shop)
+        found += told(guarded.consul, shop)
         for entry_id in guarded.entries():
             guarded.deregister(entry_id)
         wait_until(lambda: len(guarded.entries()) == 2, within=60, what="both registered again")
@@ -71,9 +41,9 @@ def test_gunicorn(guarded: Access, token_file: Path, source: str) -> None:
         guarded.delete(token)
         denied = shop.log.read_text().count("403: ACL not found")
         assert not denied
-        found += told(guarded, shop)
+        found += told(guarded.consul, shop)
         shop.stop()
-        found += written(shop, but=token_file)
+        found += written(shop.directory, but=token_file)
     assert any(where.endswith("/log") for where, _ in found)
     assert not [(where, text[:200]) for where, text in found for each in guarded.secrets if each in text]
     for entry_id in guarded.entries():  # with a token that is deleted there is no leaving

@@ -10,6 +10,7 @@ the median of five equal parts of the time, and the spread.
 
 import asyncio
 import json
+import logging
 import re
 import statistics
 import subprocess
@@ -199,6 +200,7 @@ def _fleet(workers: int, processes: int, agent: str) -> Iterator[list[int]]:
 
 async def _live(count: int, settings: dict[str, str]) -> None:
     """A process of *count* workers whose application has nothing to do, until the end of its input."""
+    logging.disable()  # nobody scrapes them, which each would say
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     loop.add_reader(sys.stdin.fileno(), ended.set)
     workers = [Worker(registry=CollectorRegistry(), **settings) for _ in range(count)]

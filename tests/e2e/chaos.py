@@ -1,5 +1,6 @@
 """Random faults, from a seed, on a real Gunicorn, a real Consul and a real Prometheus, while clients ask."""
 
+import http.client
 import itertools
 import os
 import random
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from consul_prom import snippets
+from consul_prom.registration import is_worker
 from consul_prom.settings import load
 from tests.services.consul import Consul
-from tests.services.gunicorn import Gunicorn
+from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import Prometheus
 from tests.services.proxy import NONE, Fault, Proxy, answer
 from tests.services.waiting import wait_until
@@ -24,6 +26,7 @@ from tests.services.waiting import wait_until
 WORKERS = 8
 TOKEN = "6f1c2c5e-0b52-4f8e-9d3b-2f6d8c1a7e44"
 PACE = 0.02
+BROKEN = ConnectionResetError, BrokenPipeError, http.client.IncompleteRead
 BEFORE, AFTER = 3.0, 0.5
 """Seconds around a worker's end in which it drops connections: idle ones when it begins to stop, which takes
 STOP_TIMEOUT longer while the agent hangs, the others when it ends."""
@@ -47,7 +50,7 @@ class Clients:
     """A client that asks all the time; `failures` are (time, error)."""
 
     shop: Gunicorn
-    failures: list[tuple[float, str]] = field(default_factory=list)
+    failures: list[tuple[float, Exception]] = field(default_factory=list)
     asked: int = 0
 
     def asking(self) -> AbstractContextManager[None]:
@@ -59,7 +62,7 @@ class Clients:
             try:
                 self.shop.get("/fire", timeout=20)
             except Exception as error:  # noqa: BLE001  # whatever a client sees counts
-                self.failures.append((time.monotonic(), repr(error)))
+                self.failures.append((time.monotonic(), error))
 
 
 @dataclass
@@ -85,9 +88,10 @@ class Ends:
 
 
 class Chaos:
-    """The stage and what can go wrong on it."""
+    """The stage and what can go wrong on it; with an even seed, Gunicorn has our hooks."""
 
     def __init__(self, seed: int, *, enabled: bool) -> None:
+        self._hooks = HOOKS if seed % 2 == 0 else ()
         self.random = random.Random(seed)
         self.enabled = enabled
         self.done: list[str] = []
@@ -103,7 +107,7 @@ class Chaos:
             "CONSUL_HTTP_TOKEN": TOKEN,
             "CONSUL_PROM_DISABLED": str(not self.enabled).lower(),
         }
-        self.shop = enter(Gunicorn(workers=WORKERS, settings=settings, options=["--timeout=60"]))
+        self.shop = enter(Gunicorn(workers=WORKERS, settings=settings, options=[*self._hooks, "--timeout=60"]))
         scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
         self.prometheus = enter(Prometheus(scrape))
         self.clients = Clients(self.shop)
@@ -115,7 +119,7 @@ class Chaos:
         self._stack.close()
 
     def calm(self) -> None:
-        """Wait until the entries are those of the live workers, one each; beside them, some may be adopted."""
+        """Wait until the entries are those of the live workers, one each, beside the caretaker's pages."""
         if self.enabled:
             try:
                 wait_until(self.settled, within=150, what="an entry a worker")
@@ -126,7 +130,7 @@ class Chaos:
 
     def settled(self) -> bool:
         metas = [entry["Meta"] for entry in self.entries().values()]
-        found = [int(meta["pid"]) for meta in metas if "adopted" not in meta]
+        found = [int(meta["pid"]) for meta in metas if is_worker(meta)]
         live = self.shop.workers()
         return len(found) == len(set(found)) == len(live) == WORKERS and set(found) == live
 
@@ -228,6 +232,10 @@ class Chaos:
         if found:
             self.consul.call(f"/v1/agent/service/deregister/{self.random.choice(found)}", method="PUT")
 
-    def unexcused(self) -> list[tuple[float, str]]:
-        """The failures of clients that no end of a worker explains."""
-        return [failure for failure in self.clients.failures if not self.ends.excuse(failure[0])]
+    def unexcused(self) -> list[tuple[float, Exception]]:
+        """The failures of clients that are no broken connections, or that no end of a worker explains."""
+        return [
+            (when, error)
+            for when, error in self.clients.failures
+            if not (isinstance(error, BROKEN) and self.ends.excuse(when))
+        ]

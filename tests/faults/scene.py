@@ -117,15 +117,15 @@ class Scene:
 
     def settled(self) -> bool:
         """Whether the agent has what the worker is, with one check, and the worker knows it."""
-        if not self.worker.registered:
-            return False
         _, found = self.consul.call(f"/v1/agent/health/service/id/{self.entry_id}")
         entry, checks = found["Service"], found["Checks"]
         if not entry or [check["Notes"].partition(" ")[0] for check in checks] != ["GET"]:
             return False
         address = f"[{entry['Address']}]" if ":" in entry["Address"] else entry["Address"]
         same_place = f"http://{address}:{entry['Port']}/metrics" == self.worker.url
-        return same_place and entry["Service"] == "shop-metrics" and "consul-prom" in entry["Tags"]
+        if not same_place or entry["Service"] != "shop-metrics" or "consul-prom" not in entry["Tags"]:
+            return False
+        return self.worker.registered  # asked last: it is not from before a repair is written until that is told
 
     def lose(self) -> None:
         """Deregister the entry, as somebody else would."""

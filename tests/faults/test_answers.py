@@ -23,8 +23,6 @@ from tests.services.consul import Consul
 from tests.services.proxy import NONE, Fault, Proxy, answer, bomb
 from tests.services.waiting import wait_until
 
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
-
 BUSY = "Your IP is issuing too many concurrent connections, please rate limit your calls\n"
 JSON = {"Content-Type": "application/json"}
 STATUSES = {
@@ -69,6 +67,7 @@ FAULTS = {
     "html": (Fault(answer=answer(200, "<html>proxy</html>", {"Content-Type": "text/html"})), "sent no JSON: '<html>"),
     "redirect": (Fault(answer=answer(307, "", {"Location": "http://127.0.0.1:1/"})), "answered 307"),
     "moved": (Fault(answer=answer(301, "", {"Location": "/ui/"})), "answered 301"),
+    "yes to all": (Fault(match=REGISTER, answer=answer(200, "<html>proxy</html>")), "took it and has it not"),
     "no JSON": (Fault(answer=answer(200, "{", JSON)), "sent no JSON"),
     "deep JSON": (Fault(answer=answer(200, "[" * 100_000, JSON)), "sent no JSON"),
     "endless number": (Fault(answer=answer(200, "1" * 10_000, JSON)), "sent no JSON"),
@@ -149,6 +148,7 @@ def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
     assert any(re.search(FAULTS[name][1], trouble) for trouble in outcome.troubles), outcome
     assert 1 <= len(outcome.warnings) <= 2, outcome
     assert len(outcome.messages) <= 6, outcome
+    assert all("CONSUL_HTTP_ADDR" in line for line in outcome.warnings), outcome
     assert all(len(line) < 600 and line.isprintable() for line in outcome.messages), outcome
 
 

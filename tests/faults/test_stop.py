@@ -12,8 +12,6 @@ from tests.services.consul import Consul
 from tests.services.proxy import NONE, Fault, answer
 from tests.services.waiting import wait_until
 
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
-
 SELF = r"^GET /v1/agent/self"
 
 

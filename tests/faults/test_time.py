@@ -18,8 +18,6 @@ from tests.faults.fleet import Fleet
 from tests.services.consul import Consul
 from tests.services.waiting import eventually, wait_until
 
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
-
 META = {**MARKER, "service": "shop", "instance": "web-1:0", "scheme": "http", "pid": "7", "dir": "abc:/slots"}
 WANTED = Registration("shop.web-1.0", "shop-metrics", "127.0.0.1", 9100, (TAG,), META, 30, 5, 600, "/-/healthy")
 

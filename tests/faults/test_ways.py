@@ -1,6 +1,8 @@
 """Every way to the agent: unix socket, path prefix, IPv6, and the 200 connections that a client address may have."""
 
+import re
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -8,14 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from consul_prom import snippets
+from consul_prom.settings import load
 from tests.faults.conftest import MakeScene
 from tests.faults.fleet import Fleet
 from tests.faults.scene import Scene, repair
+from tests.services.binaries import require
 from tests.services.consul import Consul
+from tests.services.prometheus import HASTY, Prometheus
 from tests.services.proxy import Proxy
 from tests.services.waiting import wait_until
-
-pytestmark = pytest.mark.full  # some minutes on two cores that have nothing else to do
 
 MOST_CONNECTIONS = 200
 """Consul's limits.http_max_conns_per_client."""
@@ -96,7 +100,8 @@ def test_ipv6(consul: Consul, scene: MakeScene) -> None:
 class TestConnections:
     """The limit of connections, which is shared by all of a client address, or all of a unix socket."""
 
-    @pytest.mark.parametrize("way", [pytest.param("tcp", marks=pytest.mark.full), "unix"])
+    @pytest.mark.full
+    @pytest.mark.parametrize("way", ["tcp", "unix"])
     def test_none_left(
         self, request: pytest.FixtureRequest, tmp_path: Path, unix_path: Path, short_turns: None, way: str
     ) -> None:
@@ -118,6 +123,19 @@ class TestConnections:
             assert set(scene.failures) == {"busy"}
             assert len(scene.warnings) == 1
 
+    def test_calls(self, tmp_path: Path) -> None:
+        """An agent that may ask its servers no more has the entry, and drops it, as soon as ever; nobody is warned."""
+        with (
+            Consul(config={"limits": {"rpc_rate": 0.5, "rpc_max_burst": 1}}) as consul,
+            Scene(consul, tmp_path) as scene,
+        ):
+            scene.lose()
+            repair([scene])
+            wait_until(lambda: busy(consul), within=20, what="the limit reached")
+            scene.worker.stop()
+            assert scene.entry is None
+            assert not scene.warnings
+
     @pytest.mark.full
     @pytest.mark.parametrize(
         "services",
@@ -129,13 +147,14 @@ class TestConnections:
         settings = {"consul_http_addr": consul.url, "address": consul.address}
         with Fleet(services, directory=tmp_path, processes=3, **settings) as fleet:
             wait_until(lambda: answered(consul) and fleet.settled(consul), within=100, what="all registered")
-            with watcher(consul) as seen:
+            scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+            with Prometheus(scrape, interval="5s", flags=HASTY) as prometheus:
                 for _ in range(100):
                     assert answered(consul), "the consul command gets no connection"
-                    wait_until(lambda: True, within=1, what="a moment", every=0.1)
                 assert consul.call("/v1/agent/service/deregister/shop.web-1.0", method="PUT")[0] == 200
                 wait_until(lambda: fleet.settled(consul), within=30, what="registered again")
-                wait_until(lambda: seen and seen[-1] == services["shop"], within=60, what="Prometheus has seen it")
+                wait_until(lambda: scraped(prometheus) == services["shop"], within=60, what="Prometheus scrapes all")
+                assert re.search(r"^prometheus_sd_consul_rpc_failures_total 0$", own_page(prometheus), re.MULTILINE)
             assert fleet.end() == [0, 0, 0]
         assert not consul.call("/v1/agent/services")[1]
         assert len([line for line in fleet.lines if line.startswith("WARNING")]) <= 300
@@ -169,29 +188,20 @@ def taken(connect: Callable[[], socket.socket]) -> Iterator[None]:
             connection.close()
 
 
+def busy(consul: Consul) -> bool:
+    """Whether the catalogue cannot be read."""
+    return consul.call("/v1/catalog/service/shop-metrics") == (429, "RPC rate limit exceeded")
+
+
 def answered(consul: Consul) -> bool:
-    """Whether the agent answers to one who comes anew, as the consul command does."""
-    return consul.call("/v1/agent/self")[0] == 200
+    """Whether the consul command, which comes anew each time, has its answer."""
+    command = [str(require("consul")), "members", f"-http-addr={consul.url}"]
+    return subprocess.run(command, capture_output=True, timeout=30, check=False).returncode == 0
 
 
-@contextmanager
-def watcher(consul: Consul) -> Iterator[list[int]]:
-    """How many workers somebody sees who asks as Prometheus does; AssertionError if he is ever refused."""
-    seen: list[int] = []
-    refused: list[int] = []
-    stop = threading.Event()
+def scraped(prometheus: Prometheus) -> int:
+    return sum(target["health"] == "up" for target in prometheus.targets())
 
-    def watch() -> None:
-        while not stop.is_set():
-            status, found = consul.call("/v1/health/service/shop-metrics?wait=1s&stale")
-            (seen if status == 200 else refused).append(len(found) if status == 200 else status)
-            stop.wait(0.1)
 
-    watching = threading.Thread(target=watch)
-    watching.start()
-    try:
-        yield seen
-    finally:
-        stop.set()
-        watching.join()
-    assert not refused, refused
+def own_page(prometheus: Prometheus) -> str:
+    return str(prometheus.call("/metrics")[1])
