@@ -569,6 +569,15 @@ class TestForks:
         assert forked(child)() == [3, 4, 102]
         assert flat(registry)["early_total"] == 100
 
+    def test_child_without_a_ledger(self) -> None:
+        """Where a child has no ledger, what its parent counted stands in no value of the library's."""
+        registry = CollectorRegistry()
+        early = Counter("early", "-", registry=registry)
+        watch(registry)
+        early.inc()
+        before = sorted(vars(early._value))
+        assert forked(lambda: sorted(vars(early._value)))() == before
+
     def test_child_becomes_a_worker(self, path: Path) -> None:
         """A worker's child that starts a worker of its own counts only what it counted itself."""
         worker = Worker(path)
