@@ -202,7 +202,9 @@ def check_library() -> None:
             all(isinstance(one._created, float) for one in (child, summary, histogram)),
             histogram._upper_bounds[:2] == [1, 2],
             list(registry._collector_to_names) == [counter] == list({*registry._names_to_collectors.values()}),
-            (counter._name, counter._documentation, counter._unit, counter._labelnames) == ("c", "-", "", ("l",)),
+            not registry._target_info,
+            (counter._type, counter._name, counter._documentation) == ("counter", "c", "-"),
+            (counter._unit, counter._labelnames) == ("", ("l",)),
         ]
         counter.clear()
         known.append(counter._metrics == {} and child._labelvalues == ("x",))

@@ -10,7 +10,17 @@ import pytest
 from consul_prom.devagent import DevAgent
 from tests.workers import PACKAGE, Workers
 
-NAMES = ["MutexValue", "_collector_to_names", "_metrics", "_labelnames", "_value", "_created", "_lock"]
+NAMES = [
+    "MutexValue",
+    "_collector_to_names",
+    "_metrics",
+    "_labelnames",
+    "_value",
+    "_created",
+    "_lock",
+    "_type",
+    "_target_info",
+]
 SCRIPT = """
 import logging, logging.handlers, os, queue, sys, time, urllib.request
 from prometheus_client import Counter, Histogram
