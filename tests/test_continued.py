@@ -128,9 +128,11 @@ class TestTotals:
 
     def test_created_is_carried(self, path: Path) -> None:
         """A series keeps its time of creation, used or not, so that nobody takes it for a new one."""
+        begun = time.time()
         first = Worker(path)
         use(first)
         created = [line for line in openmetrics(first.continued).splitlines() if b"_created" in line]
+        assert all(begun <= float(line.split()[1]) <= time.time() for line in created)
         time.sleep(0.002)
         second = Worker(path)
         page = openmetrics(second.continued).splitlines()
