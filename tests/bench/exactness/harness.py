@@ -11,6 +11,7 @@ import http.client
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -296,6 +297,10 @@ def restart(stage: Stage) -> None:
     stage.shop.start()
 
 
+def wipe(stage: Stage) -> None:
+    shutil.rmtree(stage.shop.directory / "slots", ignore_errors=True)  # a newborn may be at it
+
+
 def lives(pid: int) -> bool:
     with suppress(OSError):
         return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
@@ -315,6 +320,7 @@ SCENARIOS: Final = (
     Scenario("TTOU 8 to 4, back", every=9, acts=(down_and_up,), workers=8),
     Scenario("stop, start", every=12, acts=(restart,)),
     Scenario("kill -9 of all", every=12, acts=(kill_all,)),
+    Scenario("directory wiped", every=12, acts=(wipe,)),
     Scenario("stop for good", ends=True),
     Scenario("the same, LINGER=3s", ends=True, settings={"CONSUL_PROM_LINGER": "3s"}),
     Scenario("kill, recycle, HUP", every=3, acts=(kill_worker, reload, kill_worker), options=RECYCLING),
