@@ -9,14 +9,13 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry
 
 from consul_prom import slots
 from consul_prom.continued import last_page
 from consul_prom.errors import ConsulPromError
-from consul_prom.guest import Guest
 from consul_prom.ledger import NEVER, State, ledger_path, peek, read, vacate
 from consul_prom.slots import Slot
 from consul_prom.sparing import SparingLog
@@ -29,7 +28,15 @@ GLANCE: Final = 0.02
 GAPS: Final = 3
 LONGEST: Final = 600.0
 
-Serve = Callable[[Slot, CollectorRegistry, int], Awaitable[Guest]]
+
+class GuestLike(Protocol):
+    """A slot's last page, as a target; one of these ends it."""
+
+    async def give_up(self) -> None: ...
+    async def retire(self, timeout: float) -> bool: ...
+
+
+Serve = Callable[[Slot, CollectorRegistry, int], Awaitable[GuestLike]]
 
 
 class Adoption:
@@ -124,7 +131,7 @@ class Adoption:
     def _patience_of_scrapers(self, state: State) -> float:
         return max(self._retain, min(GAPS * state.gap, LONGEST))
 
-    async def _keep(self, slot: Slot, guest: Guest, path: Path, state: State, ends_at: float) -> None:
+    async def _keep(self, slot: Slot, guest: GuestLike, path: Path, state: State, ends_at: float) -> None:
         """Until a newborn wants the slot, until *ends_at*, or until the end."""
         try:
             wanted = slot.wanted

@@ -9,8 +9,9 @@ from functools import partial
 from itertools import repeat
 from operator import getitem, is_not, itemgetter
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
-from prometheus_client import Counter, Histogram, Summary, values
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary, values
 
 from consul_prom.errors import LedgerError
 
@@ -21,6 +22,10 @@ class _Asked(threading.local):
 
 _ASKED: Final = _Asked()
 _OWN_CLASSES: Final = {Counter, Summary, Histogram}
+MutexValue: Final[Any] = getattr(values, "MutexValue", object)
+"""A value of the library's, in memory; where it knows no such class, none is one."""
+_PARENTS: Final[WeakKeyDictionary[Any, float]] = WeakKeyDictionary()
+"""Of values that are the library's, what the process that forked us counts."""
 
 
 @contextmanager
@@ -110,7 +115,7 @@ def reader(found: Sequence[CellValue]) -> Callable[[], Sequence[float]]:
     return partial(itemgetter(*indexes), cells[0])
 
 
-class _Replaced(values.MutexValue):
+class _Replaced(MutexValue):  # type: ignore[misc]  # the library may have none
     """What a value was before: who still holds it, or is inside of its `inc`, lands in the cell."""
 
     _successor: CellValue
@@ -160,8 +165,8 @@ def note_parent(value: Any) -> None:
     """In a forked child: what there is by now, the parent counts."""
     if isinstance(value, CellValue):
         value.leave(stays=True, locked=False)  # a thread that is not here may have had the lock
-    elif type(value) is values.MutexValue and value._value:
-        vars(value)["_elsewhere"] = value._value
+    elif type(value) is MutexValue and value._value:
+        _PARENTS[value] = value._value
 
 
 def _replace(value: Any) -> CellValue:
@@ -170,7 +175,7 @@ def _replace(value: Any) -> CellValue:
     with value._lock:
         successor = CellValue(value._lock, array("d", (0.0, 0.0)), 0, 1)
         successor._cells[0] = value._value
-        successor._elsewhere = getattr(value, "_elsewhere", 0.0)
+        successor._elsewhere = _PARENTS.pop(value, 0.0)
         successor._exemplar = value._exemplar
         value._successor = successor
         value.__class__ = _Replaced
@@ -184,18 +189,22 @@ def check_library() -> None:
         LedgerError: they are not.
     """
     try:
-        counter, summary = Counter("c", "-", ("l",), registry=None), Summary("s", "-", registry=None)
+        registry = CollectorRegistry()
+        counter, summary = Counter("c", "-", ("l",), registry=registry), Summary("s", "-", registry=None)
         histogram = Histogram("h", "-", registry=None, buckets=(1, 2))
         histogram.observe(2)
         child = counter.labels("x")
         known = [
             type(counter._metrics) is dict and counter._metrics == {("x",): child},
             all(set(vars(value)) == {"_value", "_exemplar", "_lock"} for value in plain(child)),
-            all(type(value) is values.MutexValue for one in (child, summary, histogram) for value in plain(one)),
+            all(type(value) is MutexValue for one in (child, summary, histogram) for value in plain(one)),
             [value.get() for value in plain(histogram)] == [2, 0, 1, 0],
             all(isinstance(one._created, float) for one in (child, summary, histogram)),
             histogram._upper_bounds[:2] == [1, 2],
-            (counter._name, counter._documentation, counter._unit, counter._labelnames) == ("c", "-", "", ("l",)),
+            list(registry._collector_to_names) == [counter] == list({*registry._names_to_collectors.values()}),
+            not registry._target_info,
+            (counter._type, counter._name, counter._documentation) == ("counter", "c", "-"),
+            (counter._unit, counter._labelnames) == ("", ("l",)),
         ]
         counter.clear()
         known.append(counter._metrics == {} and child._labelvalues == ("x",))

@@ -439,7 +439,9 @@ _CONTINUED: Final[WeakSet[ContinuedRegistry]] = WeakSet()
 
 def watch(registry: CollectorRegistry) -> None:
     """What *registry* counted before a fork is the parent's: a ledger of the child's leaves it out."""
-    _WATCHED.add(registry)
+    with suppress(LedgerError):  # then there will be no ledger, which says so
+        check_library()
+        _WATCHED.add(registry)
 
 
 def _after_fork_in_child() -> None:

@@ -14,12 +14,12 @@ from itertools import chain, compress, count
 from operator import ne
 from typing import Any, ClassVar, Final
 
-from prometheus_client import Counter, Enum, Gauge, Histogram, Summary, metrics, values
+from prometheus_client import Counter, Enum, Gauge, Histogram, Summary, metrics
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
-from consul_prom.cells import CellValue, reader
+from consul_prom.cells import CellValue, MutexValue, reader
 from consul_prom.source import Only, Source
 
 Encode = Callable[[Collector], bytes]
@@ -29,7 +29,7 @@ Reader = Callable[[Sequence[Any]], Read]
 BLOCK: Final = 512  # numbers that are looked at in one go: a third of a millisecond where all have changed
 READERS: Final[Mapping[type, Reader]] = {
     # An attribute is read in one step, so no value's lock is needed.
-    values.MutexValue: lambda found: lambda: [value._value for value in found],
+    MutexValue: lambda found: lambda: [value._value for value in found],
     CellValue: lambda found: lambda: [value.get() for value in found],
 }
 TOTALS: Final[Mapping[type, Reader]] = {**READERS, CellValue: lambda found: lambda: [value.total() for value in found]}
@@ -268,7 +268,7 @@ def _fill(section: _Section, columns: Sequence[Sequence[str]]) -> list[bytes]:
 
 def _reader(found: Sequence[Any], readers: Mapping[type, Reader]) -> Read:
     """How to read *found*; a KeyError where we do not know their class."""
-    kinds = set(map(type, found)) or {values.MutexValue}
+    kinds = set(map(type, found)) or {MutexValue}
     if len(kinds) == 1:
         return readers[kinds.pop()](found)
     each = [readers[type(value)]([value]) for value in found]

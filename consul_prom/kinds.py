@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 from prometheus_client import exposition as text
 from prometheus_client.openmetrics import exposition as openmetrics
 
+from consul_prom.cells import MutexValue
 from consul_prom.family import METHODS, Family
 from consul_prom.source import Only, Plain
 
@@ -120,16 +121,17 @@ def known() -> dict[type, type[Family]]:
 @cache
 def is_known(kind: Any) -> bool:
     """Whether our family writes two series of *kind* as the library does, in both formats. A millisecond once."""
-    if values.ValueClass is not values.MutexValue:  # multiprocess mode: its values are files
-        return False
     family = FAMILIES[kind]
     try:
+        if values.ValueClass is not MutexValue:  # multiprocess mode: its values are files
+            return False
         options = {"states": ["up", "down"]} if kind is Enum else {}
-        metric = kind("a.b", 'Odd "\\\n".', ["b", "a.c"], registry=None, **options)
+        registry = CollectorRegistry()
+        metric = kind("a.b", 'Odd "\\\n".', ["b", "a.c"], registry=registry, **options)
         metric.labels("b", "{0}%s")
         _use(metric.labels('"\\\n', "ü"))
-        source = Plain(CollectorRegistry())
-        return all(
+        source = Plain(registry)
+        return source.collectors() == (None, [metric]) and all(
             b"".join(family(metric, encode, source=source, shows_exemplars=shows_exemplars).pieces())
             == encode(Only(*metric.collect())).removesuffix(encode(Only()))
             for encode, shows_exemplars in ((text.generate_latest, False), (openmetrics.generate_latest, True))

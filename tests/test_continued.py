@@ -128,9 +128,11 @@ class TestTotals:
 
     def test_created_is_carried(self, path: Path) -> None:
         """A series keeps its time of creation, used or not, so that nobody takes it for a new one."""
+        begun = time.time()
         first = Worker(path)
         use(first)
         created = [line for line in openmetrics(first.continued).splitlines() if b"_created" in line]
+        assert all(begun <= float(line.split()[1]) <= time.time() for line in created)
         time.sleep(0.002)
         second = Worker(path)
         page = openmetrics(second.continued).splitlines()
@@ -568,6 +570,15 @@ class TestForks:
         assert forked(child)() == [1, 2, 102]
         assert forked(child)() == [3, 4, 102]
         assert flat(registry)["early_total"] == 100
+
+    def test_child_without_a_ledger(self) -> None:
+        """Where a child has no ledger, what its parent counted stands in no value of the library's."""
+        registry = CollectorRegistry()
+        early = Counter("early", "-", registry=registry)
+        watch(registry)
+        early.inc()
+        before = sorted(vars(early._value))
+        assert forked(lambda: sorted(vars(early._value)))() == before
 
     def test_child_becomes_a_worker(self, path: Path) -> None:
         """A worker's child that starts a worker of its own counts only what it counted itself."""

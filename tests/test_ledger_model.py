@@ -1,13 +1,17 @@
-"""Any order of counting, scrapes, ends and starts: what Prometheus models counted, plus the unscraped, is the truth.
+"""Any order of counting, scrapes, ends, starts, adoption: what Prometheus models counted, and the rest, is the truth.
 
-Virtual workers share a directory; a killed one is a registry that nobody asks any more, as the kernel keeps what it
-wrote. The truth is kept by hand: what was counted in a slot, less what the application itself removed or reset.
+Virtual workers share a directory, its locks, ledgers and the caretaker's adoption, which are real. A killed one is a
+registry that nobody asks any more, as the kernel keeps what it wrote. The truth is kept by hand: what was counted in a
+slot, less what the application itself removed or reset. The rest is what the page or the ledger of a slot shows, and a
+server has not seen.
 """
 
+import asyncio
 import tempfile
 from collections import defaultdict
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import pytest
 from hypothesis import settings
@@ -15,11 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom import ledger
-from consul_prom.continued import ContinuedRegistry
-from consul_prom.ledger import KEEP, Ledger
+from consul_prom import adoption, ledger, slots
+from consul_prom.adoption import Adoption
+from consul_prom.continued import ContinuedRegistry, last_page
+from consul_prom.ledger import KEEP, Ledger, ledger_path, read
+from consul_prom.slots import Slot
 
-SLOTS = range(3)
+MOST: Final = 3
+"""Workers; while they are reloaded there are twice as many."""
+RETAIN: Final = 120.0
+DEAD: Final = "1 another.boot.0"
+"""What a lock file says of a process that is gone."""
 LABELS = st.sampled_from(["a", "b", "é\0"])
 BUCKETS = [(1.0, 5.0), (2.0, 5.0)]
 Key = tuple[str, ...]
@@ -28,18 +38,19 @@ Key = tuple[str, ...]
 class Worker:
     """A generation of a slot; `made` before its ledger is opened, as metrics are at import."""
 
-    def __init__(self, path: Path, slot: int, *, now: float, bounds: tuple[float, ...]) -> None:
-        self.slot = slot
+    def __init__(self, held: Slot, *, now: float, bounds: tuple[float, ...]) -> None:
+        self.held, self.slot = held, held.number
         self.bounds = bounds
         self.registry = CollectorRegistry()
         self.hits = Counter("hits", "-", ["x"], registry=self.registry)
         self.plain = Counter("plain", "-", registry=self.registry)
         self.late: Histogram | None = None
         self.own: dict[Key, float] = defaultdict(float)
-        self._path, self._now = path, now
+        self._now = now
 
     def open(self) -> None:
-        book = Ledger.take_over(self._path, boot="b", instance=f"web-1:{self.slot}", now=self._now)
+        path = ledger_path(self.held.directory, "shop", self.slot)
+        book = Ledger.take_over(path, boot=self.held.boot, instance=f"web-1:{self.slot}", now=self._now)
         self.continued = ContinuedRegistry(self.registry, book)
         self.close = book.close  # as the kernel does of a killed one
 
@@ -73,25 +84,96 @@ class Prometheus:
             self.last[slot, key] = value
 
 
+class Caretaker:
+    """What a worker does for the slots that have none, until its end."""
+
+    def __init__(self, worker: Worker, machine: "Slots") -> None:
+        self.worker = worker
+        self.ends = False
+        self._machine = machine
+        self._adoption = Adoption(
+            worker.held.directory,
+            "shop",
+            host="web-1",
+            retain=RETAIN,
+            patience=1,
+            serve=self._serve,
+            complete=lambda _inhabited: self._complete,
+            clock=lambda: machine.now,
+        )
+
+    async def turn(self, *, complete: bool) -> None:
+        self._complete = complete
+        await asyncio.sleep(2 * adoption.GLANCE)  # whose time is over has gone by then
+        await self._adoption.turn()
+
+    async def end(self, *, clean: bool) -> None:
+        self.ends = True
+        if clean:
+            await self._adoption.end()
+            return
+        self._machine.served.clear()  # its sockets have closed
+        for number, task in self._adoption._adopted.items():
+            slots.path_of(self.worker.held.directory, "shop", number).write_text(f"{DEAD} adopted", encoding="ascii")
+            task.cancel()
+        await asyncio.gather(*self._adoption._adopted.values(), return_exceptions=True)
+
+    async def _serve(self, slot: Slot, page: CollectorRegistry, _port: int) -> "Guest":
+        guest = self._machine.served[slot.number] = Guest(self, slot.number, page, self._machine)
+        self._machine.adopted_at.setdefault(slot.number, self._machine.now)
+        return guest
+
+
+class Guest:
+    """A page of a slot that the caretaker serves: a target."""
+
+    def __init__(self, caretaker: Caretaker, slot: int, page: CollectorRegistry, machine: "Slots") -> None:
+        self.page = page
+        self._caretaker, self._slot, self._machine = caretaker, slot, machine
+
+    async def give_up(self) -> None:
+        del self._machine.served[self._slot]
+
+    async def retire(self, _timeout: float) -> bool:
+        """The entry goes, which it shall not where a newborn needs it."""
+        assert self._caretaker.ends or self._machine.is_over(self._slot)
+        await self.give_up()
+        return True
+
+
 class Slots(RuleBasedStateMachine):
-    """Three slots, two Prometheus servers."""
+    """As many slots as it takes, two Prometheus servers."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.directory = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory()
+        self.directory = Path(self.folder.name)
+        self.loop = asyncio.new_event_loop()
         self.now = 1_000_000.0
-        self.live: dict[int, Worker] = {}
+        self.live: dict[int, Worker] = {}  # the eldest first
         self.ended: list[Worker] = []
-        self.shown: dict[int, dict[Key, float]] = {slot: {} for slot in SLOTS}
-        self.used: dict[int, dict[Key, float]] = {slot: {} for slot in SLOTS}
+        self.caretaker: Caretaker | None = None
+        self.served: dict[int, Guest] = {}
+        self.adopted_at: dict[int, float] = {}
+        self.shown: dict[int, dict[Key, float]] = defaultdict(dict)
+        self.used: dict[int, dict[Key, float]] = defaultdict(dict)
         self.truth: dict[tuple[int, Key], float] = defaultdict(float)
         self.disturbed: set[tuple[int, Key]] = set()
         self.servers = [Prometheus(), Prometheus()]
 
     def teardown(self) -> None:
+        if self.caretaker:
+            self.wait_for(self.caretaker.end(clean=True))
         for worker in [*self.live.values(), *self.ended]:
             worker.close()
-        self.directory.cleanup()
+            worker.held.release()
+        self.wait_for(self.loop.shutdown_default_executor())
+        self.loop.close()
+        self.folder.cleanup()
+
+    def wait_for(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Meanwhile the caretaker is at work."""
+        return self.loop.run_until_complete(coroutine)
 
     @initialize()
     def begin(self) -> None:
@@ -100,6 +182,27 @@ class Slots(RuleBasedStateMachine):
 
     def workers(self) -> list[Worker]:
         return list(self.live.values())
+
+    def page(self, slot: int) -> dict[Key, float]:
+        """What a scrape of a target shows; of a slot that is none, what is in its ledger."""
+        if slot in self.live:
+            return samples(self.live[slot].continued)
+        if slot in self.served:
+            return samples(self.served[slot].page)
+        contents = read(ledger_path(self.directory, "shop", slot))
+        assert contents
+        return samples(last_page(contents))
+
+    def is_over(self, slot: int) -> bool:
+        """Whether its last page was served for long enough."""
+        return slot in self.adopted_at and self.now - self.adopted_at[slot] >= RETAIN
+
+    def newborn(self) -> Slot:
+        """The smallest slot that has no worker, adopted or not; who adopted it does not serve it any more."""
+        slot: Slot = self.wait_for(asyncio.to_thread(slots.acquire, self.directory, "shop"))
+        assert slot.number == min(set(range(2 * MOST)) - set(self.live))
+        assert slot.number not in self.served
+        return slot
 
     def add(self, worker: Worker, key: Key, amount: float) -> None:
         shown = self.shown[worker.slot]
@@ -120,11 +223,11 @@ class Slots(RuleBasedStateMachine):
                 self.disturbed.add((worker.slot, key))
                 worker.own.pop(key, None)
 
-    @precondition(lambda self: len(self.live) < len(SLOTS))
+    @precondition(lambda self: len(self.live) < MOST)
     @rule(early=LABELS | st.none(), bounds=st.sampled_from(BUCKETS))
     def start(self, early: str | None, bounds: tuple[float, ...]) -> None:
-        slot = min(set(SLOTS) - set(self.live))
-        worker = Worker(Path(self.directory.name, f"{slot}"), slot, now=self.now, bounds=bounds)
+        worker = Worker(self.newborn(), now=self.now, bounds=bounds)
+        slot = worker.slot
         if early is not None:
             worker.hits.labels(early).inc(2)
         for key, used in list(self.used[slot].items()):
@@ -134,6 +237,7 @@ class Slots(RuleBasedStateMachine):
                 self.disturbed.add((slot, key))
         worker.open()
         self.live[slot] = worker
+        self.adopted_at.pop(slot, None)
         self.born(worker, ("plain_total",))
         if early is not None:
             self.born(worker, ("hits_total", early))
@@ -198,37 +302,87 @@ class Slots(RuleBasedStateMachine):
         self.shown[worker.slot]["plain_total",] = worker.own["plain_total",] = 0.0
         self.disturbed.add((worker.slot, ("plain_total",)))
 
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.live or self.served)
     @rule(data=st.data(), server=st.integers(0, 1))
     def scrape(self, data: Any, server: int) -> None:
-        worker = data.draw(st.sampled_from(self.workers()))
-        self.servers[server].scrape(worker.slot, samples(worker.continued))
+        target = data.draw(st.sampled_from([*self.live, *self.served]))
+        self.servers[server].scrape(target, self.page(target))
         for (slot, key), truth in self.truth.items():
-            if slot == worker.slot and (slot, key) not in self.disturbed:
+            if slot == target and (slot, key) not in self.disturbed:
                 assert self.servers[server].counted[slot, key] == truth
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), clean=st.booleans())
     def end(self, data: Any, *, clean: bool) -> None:
-        worker = data.draw(st.sampled_from(self.workers()))
+        self.leave(data.draw(st.sampled_from(self.workers())), clean=clean)
+
+    def leave(self, worker: Worker, *, clean: bool) -> None:
         del self.live[worker.slot]
         self.ended.append(worker)
+        if self.caretaker and self.caretaker.worker is worker:
+            self.wait_for(self.caretaker.end(clean=clean))
+            self.caretaker = None
+            assert not self.served
         if clean:
             worker.continued.close()
             assert samples(worker.registry).items() >= dict(worker.own).items()
+            worker.held.settle()
         else:
             worker.hits.labels("a").inc(0)  # what a thread does that dies a moment later
             self.born(worker, ("hits_total", "a"))
+            self.kill(worker.held)
+        worker.held.release()
 
-    @rule(seconds=st.sampled_from([1.0, KEEP / 2, KEEP + 1]))
+    def kill(self, slot: Slot) -> None:
+        """What the system would tell of its holder."""
+        Path(slot.lock.lock_file).write_text(DEAD, encoding="ascii")
+
+    @rule()
+    def stillborn(self) -> None:
+        """One is killed that has its slot and has not opened the ledger."""
+        slot = self.newborn()
+        self.kill(slot)
+        slot.release()
+
+    @precondition(lambda self: self.live)
+    @rule(clean=st.booleans(), bounds=st.sampled_from(BUCKETS))
+    def reload(self, *, clean: bool, bounds: tuple[float, ...]) -> None:
+        """Others start in other slots, and then all that there were end."""
+        before = self.workers()
+        for _ in before:
+            self.start("a", bounds)
+        for worker in before:
+            self.leave(worker, clean=clean)
+
+    @precondition(lambda self: self.live)
+    @rule(workers=st.integers(1, MOST))
+    def scale(self, workers: int) -> None:
+        """The eldest end where there are too many, as Gunicorn has it."""
+        while len(self.live) < workers:
+            self.start(None, BUCKETS[0])
+        while len(self.live) > workers:
+            self.leave(self.workers()[0], clean=True)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), complete=st.booleans())
+    def look_after(self, data: Any, *, complete: bool) -> None:
+        """The caretaker's turn; where nobody is on the way, it serves each vacant slot, for as long as RETAIN."""
+        if not self.caretaker:
+            self.caretaker = Caretaker(data.draw(st.sampled_from(self.workers())), self)
+        self.wait_for(self.caretaker.turn(complete=complete))
+        vacant = {slot for slot in self.shown if slot not in self.live and not self.is_over(slot)}
+        assert self.served.keys() == vacant if complete else self.served.keys() <= vacant
+
+    @rule(seconds=st.sampled_from([1.0, adoption.BOOTING, RETAIN, KEEP / 2, KEEP + 1]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
     @invariant()
     def pages_are_right(self) -> None:
-        """Each live worker's page is what its slot counted, its registry what it counted itself."""
+        """Each slot shows what was counted in it, whoever shows it, and a worker's registry what it counted itself."""
+        for slot, shown in self.shown.items():
+            assert self.page(slot) == shown
         for slot, worker in self.live.items():
-            assert samples(worker.continued) == self.shown[slot]
             assert samples(worker.registry) == {key: own for key, own in worker.own.items() if key in self.shown[slot]}
 
     @invariant()
@@ -249,3 +403,5 @@ class TestModel(Slots.TestCase):  # type: ignore[misc,valid-type]  # made by hyp
     @pytest.fixture(autouse=True)
     def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ledger, "SIZE", 2**20)
+        monkeypatch.setattr(adoption, "GLANCE", 0.001)
+        monkeypatch.setattr(slots, "PATIENCE", 2.0)

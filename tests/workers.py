@@ -39,9 +39,10 @@ class Workers:
         wait_until(lambda: self.entries(process.pid), within=20, what="registered")
         return process
 
-    def run(self, script: str, **settings: str) -> None:
-        """Run another *script* in a worker's environment, to its end."""
-        subprocess.run([sys.executable, "-c", script], env=self._environment(settings), timeout=60, check=True)
+    def run(self, script: str, **settings: str) -> str:
+        """What another *script*, run in a worker's environment to its end, has printed."""
+        command, environ = [sys.executable, "-c", script], self._environment(settings)
+        return subprocess.run(command, env=environ, timeout=60, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def hold(self, process: subprocess.Popen[bytes]) -> None:
         """Stop it: it lives, and neither sweeps nor notices what is done to its files."""

@@ -34,14 +34,12 @@ def test_exposition(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_start(capsys: pytest.CaptureFixture[str]) -> None:
-    """The bench of starts prints both times."""
+    """The bench of starts prints its three times."""
     require("consul")
     require("prometheus")
     start.main(1)
-    assert re.findall(r"^(registered|first scrape) +[0-9.]+ s", capsys.readouterr().out, re.MULTILINE) == [
-        "registered",
-        "first scrape",
-    ]
+    found = re.findall(r"^(registered|first scrape|adopted slot) +[0-9.]+ s", capsys.readouterr().out, re.MULTILINE)
+    assert found == ["registered", "first scrape", "adopted slot"]
 
 
 def test_rest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,15 @@
     python -m tests.bench.exactness [--requests=3000] [--interval=1] [scenario or way ...]
 
 Counted are the raw samples of each series: its first value and its positive steps. Beside it, what `increase` and a
-plain sum say at the end, by how much the plain sum ever fell, and what the ledgers hold.
+plain sum say at the end, by how much the plain sum ever fell, for how many seconds of the run it was lower than before,
+and what the ledgers hold.
 """
 
 import http.client
 import itertools
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -63,6 +65,7 @@ class Result:
     increase: float
     plain: float
     fall: float
+    low: int
     saved: int
 
     @property
@@ -218,6 +221,7 @@ def run(scenario: Scenario, way: str, requests: int, *, interval: int = 1) -> Re
             stage.end()
         time.sleep(12 + 3 * interval)  # a worker that has just begun is a target within 9 s, and then it is scraped
         window = f"[{int(time.monotonic() - begun + 60)}s]"
+        fall, low = _falls(stage.servers[0], f"sum(hits_total){window[:-1]}:1s]")
         return Result(
             truth=stage.counted_truth(),
             answered=stage.answered,
@@ -225,7 +229,8 @@ def run(scenario: Scenario, way: str, requests: int, *, interval: int = 1) -> Re
             observed=_both([_steps(server, f"took_seconds_count{window}") for server in stage.servers]),
             increase=stage.servers[0].query_value(f"sum(increase(hits_total{window}))") or 0.0,
             plain=stage.servers[0].query_value("sum(hits_total)") or 0.0,
-            fall=_fall(stage.servers[0], f"sum(hits_total){window[:-1]}:1s]"),
+            fall=fall,
+            low=low,
             saved=stage.saved() if way == "ledger" else 0,
         )
 
@@ -246,14 +251,15 @@ def _steps(server: Prometheus, selector: str) -> int:
     return int(total)
 
 
-def _fall(server: Prometheus, query: str) -> float:
-    """By how much the values of a range ever fell from the highest before."""
-    highest = fall = 0.0
+def _falls(server: Prometheus, query: str) -> tuple[float, int]:
+    """By how much the values of a range ever fell from the highest before, and how many were lower than that."""
+    highest, fall, low = 0.0, 0.0, 0
     for series in server.query(query):
         for _, text in series["values"]:
             highest = max(highest, float(text))
             fall = max(fall, highest - float(text))
-    return fall
+            low += float(text) < highest
+    return fall, low
 
 
 def _both(numbers: Sequence[int]) -> tuple[int, int]:
@@ -291,6 +297,10 @@ def restart(stage: Stage) -> None:
     stage.shop.start()
 
 
+def wipe(stage: Stage) -> None:
+    shutil.rmtree(stage.shop.directory / "slots", ignore_errors=True)  # a newborn may be at it
+
+
 def lives(pid: int) -> bool:
     with suppress(OSError):
         return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
@@ -310,6 +320,7 @@ SCENARIOS: Final = (
     Scenario("TTOU 8 to 4, back", every=9, acts=(down_and_up,), workers=8),
     Scenario("stop, start", every=12, acts=(restart,)),
     Scenario("kill -9 of all", every=12, acts=(kill_all,)),
+    Scenario("directory wiped", every=12, acts=(wipe,)),
     Scenario("stop for good", ends=True),
     Scenario("the same, LINGER=3s", ends=True, settings={"CONSUL_PROM_LINGER": "3s"}),
     Scenario("kill, recycle, HUP", every=3, acts=(kill_worker, reload, kill_worker), options=RECYCLING),
@@ -319,7 +330,7 @@ SCENARIOS: Final = (
 def main(names: Sequence[str], *, requests: int, interval: int) -> None:
     """Print the table."""
     print(f"{'scenario':22}{'way':14}{'truth':>7}{'answered':>9}{'error A':>9}{'error B':>9}{'observed':>9}", end="")
-    print(f"{'increase':>10}{'sum':>9}{'fall':>7}{'ledgers':>9}")
+    print(f"{'increase':>10}{'sum':>9}{'fall':>7}{'low, s':>8}{'ledgers':>9}")
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in names] or SCENARIOS
     ways = [way for way in WAYS if way in names] or WAYS
     for scenario, way in itertools.product(scenarios, ways):
@@ -327,4 +338,5 @@ def main(names: Sequence[str], *, requests: int, interval: int) -> None:
             result = run(scenario, way, requests, interval=interval)
             print(f"{scenario.name:22}{way:14}{result.truth:7}{result.answered:9}", end="")
             print(f"{result.errors[0]:9}{result.errors[1]:9}{result.observed[0] - result.truth:9}", end="")
-            print(f"{result.increase:10.0f}{result.plain:9.0f}{result.fall:7.0f}{result.saved:9}", flush=True)
+            print(f"{result.increase:10.0f}{result.plain:9.0f}{result.fall:7.0f}{result.low:8}", end="")
+            print(f"{result.saved:9}", flush=True)
