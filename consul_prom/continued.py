@@ -272,7 +272,7 @@ class _Restricted:
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        nameless = self._source._registry._support_collectors_without_names
+        nameless = getattr(self._source._registry, "_support_collectors_without_names", False)  # since 0.25
         for family in self._source._page(lambda names: bool(self._names & set(names)) or (nameless and not names)):
             restricted: Metric | None = family._restricted_metric(self._names)  # type: ignore[no-untyped-call]
             if restricted:

@@ -4,12 +4,10 @@ import logging
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client import exposition as text
-from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from consul_prom.continued import ContinuedRegistry
@@ -28,7 +26,7 @@ FORMATS_KEPT: Final = 2  # each costs the memory of a page or two
 FORGET: Final = 300.0  # seconds after which a format that nobody asks for is no longer kept
 LEVEL: Final = 1
 _GZIP: Final = 16
-_ESCAPINGS: Final = {openmetrics.ALLOWUTF8, openmetrics.UNDERSCORES, openmetrics.DOTS, openmetrics.VALUES}
+_OPENMETRICS: Final = "application/openmetrics-text"
 
 
 class Format(NamedTuple):
@@ -39,7 +37,7 @@ class Format(NamedTuple):
 
     @property
     def shows_exemplars(self) -> bool:
-        return self.content_type.startswith("application/openmetrics-text")
+        return self.content_type.startswith(_OPENMETRICS)
 
 
 class Renderer:
@@ -138,20 +136,14 @@ def _gzipped(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def negotiate(accept: str) -> Format:
-    """The best of what is asked for that we speak; text 0.0.4 where that is nothing."""
+    """The best of what is asked for that we speak, as the library answers to it; text 0.0.4 where that is nothing."""
     for kind, parameters in _preferences(accept):
         version = parameters.get("version")
-        asked = parameters.get("escaping", "")
-        escaping = asked if asked in _ESCAPINGS else openmetrics.UNDERSCORES
-        if kind == "application/openmetrics-text" and version in {None, "1.0.0"}:
-            encode = partial(openmetrics.generate_latest, escaping=escaping, version="1.0.0")
-            return Format(encode, f"application/openmetrics-text; version=1.0.0; charset=utf-8; escaping={escaping}")
-        if kind == "text/plain" and version == "1.0.0":
-            encode = partial(text.generate_latest, escaping=escaping)
-            return Format(encode, f"{text.CONTENT_TYPE_LATEST}; escaping={escaping}")
+        if version == "1.0.0" and kind == "text/plain" or version in {None, "1.0.0"} and kind == _OPENMETRICS:
+            return Format(*text.choose_encoder(f"{kind};version=1.0.0;escaping={parameters.get('escaping', '')}"))
         if kind in {"text/plain", "text/*", "*/*"} and version in {None, "0.0.4"}:
             break
-    return Format(text.generate_latest, text.CONTENT_TYPE_PLAIN_0_0_4)
+    return Format(*text.choose_encoder(""))
 
 
 def accepts_gzip(accept_encoding: str) -> bool:

@@ -200,7 +200,7 @@ class Application(RuleBasedStateMachine):
     @rule(which=WHICH)
     def clear(self, *, which: int) -> None:
         metric = self._chosen(which)
-        if metric is not None:
+        if metric is not None and metric._labelnames:  # of one without it is an error before 0.26
             metric.clear()
 
     @rule(which=WHICH)
