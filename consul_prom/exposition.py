@@ -139,7 +139,7 @@ def negotiate(accept: str) -> Format:
     """The best of what is asked for that we speak, as the library answers to it; text 0.0.4 where that is nothing."""
     for kind, parameters in _preferences(accept):
         version = parameters.get("version")
-        if version == "1.0.0" and kind == "text/plain" or version in {None, "1.0.0"} and kind == _OPENMETRICS:
+        if (kind, version) in {("text/plain", "1.0.0"), (_OPENMETRICS, "1.0.0"), (_OPENMETRICS, None)}:
             return Format(*text.choose_encoder(f"{kind};version=1.0.0;escaping={parameters.get('escaping', '')}"))
         if kind in {"text/plain", "text/*", "*/*"} and version in {None, "0.0.4"}:
             break

@@ -27,7 +27,6 @@ from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram
 from prometheus_client import exposition as text
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
-from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from consul_prom import cells, continued, exposition, family, kinds
@@ -40,14 +39,12 @@ from tests.pages import render
 ROOT = Path(__file__).parent.parent
 OPEN = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8"
 ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
-FORMATS: dict[str, Callable[[Any], bytes]] = {
-    "": text.generate_latest,
-    **{f"text/plain;version=1.0.0;escaping={one}": partial(text.generate_latest, escaping=one) for one in ESCAPINGS},
-    **{
-        f"application/openmetrics-text;version=1.0.0;escaping={one}": partial(openmetrics.generate_latest, escaping=one)
-        for one in ESCAPINGS
-    },
-}
+ACCEPTED = (
+    "",
+    *(f"text/plain;version=1.0.0;escaping={one}" for one in ESCAPINGS),
+    *(f"application/openmetrics-text;version=1.0.0;escaping={one}" for one in ESCAPINGS),
+)
+FORMATS: dict[str, Callable[[Any], bytes]] = {accept: text.choose_encoder(accept)[0] for accept in ACCEPTED}
 
 
 class _OwnGauge(Gauge):

@@ -163,7 +163,7 @@ def clean(model: str, name: str) -> bool:
 
 
 def layers(model: str, name: str) -> set[str]:
-    """Who may remove the entry: a worker that may say farewell itself, else its sibling, or the master if it has hooks."""
+    """Who may remove the entry: a worker that says farewell itself, else its sibling, or the master if it has hooks."""
     if clean(model, name):
         return {"worker"}
     others = {"master"} if MODELS[model].has_hooks else {"successor", "command"}
