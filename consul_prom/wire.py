@@ -14,7 +14,7 @@ import socket
 import ssl
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
@@ -50,7 +50,11 @@ def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: 
     *hosts* are the agent's resolved addresses; False where there was no such entry. Takes *timeout* seconds at most.
     """
     path = f"/v1/agent/service/deregister/{quote(entry_id, safe='')}"
-    return _ask_now(settings, "PUT", path, timeout=timeout, hosts=hosts) is not None
+    try:
+        _ask_now(settings, "PUT", path, timeout=timeout, hosts=hosts)
+    except AgentNotFound:
+        return False
+    return True
 
 
 def service_now(
@@ -58,27 +62,31 @@ def service_now(
 ) -> dict[str, Any] | None:
     """`AgentClient.service` in the same way: the entry, or None."""
     path = f"/v1/agent/service/{quote(entry_id, safe='')}"
-    answer = _ask_now(settings, "GET", path, timeout=timeout, hosts=hosts)
-    return answer and service_document(answer.json())
+    try:
+        return service_document(_ask_now(settings, "GET", path, timeout=timeout, hosts=hosts).json())
+    except AgentNotFound:
+        return None
 
 
 def remove_now(settings: Settings, entry: Mapping[str, Any], *, timeout: float, hosts: Sequence[str] = ()) -> None:
     """Deregister an entry in the same way, and, where tokens matter, see to it that the catalogue follows."""
     ends_at, entry_id = time.monotonic() + timeout, entry["ID"]
 
-    def ask(method: str, path: str, **more: Any) -> Any:
+    def ask(method: str, path: str, **more: Any) -> _Answer:
         return _ask_now(settings, method, path, timeout=max(ends_at - time.monotonic(), 0), hosts=hosts, **more)
 
     expression, node = f'ServiceID == "{entry_id}"', ""
     if "X-Consul-Token" in request_headers(settings):  # an agent without a token of its own may not tell the catalogue
         checks = ask("GET", "/v1/agent/checks", params={"filter": expression})
         node = next((check["Node"] for check in expect(checks.json(), dict).values() if "Node" in check), "")
-    ask("PUT", f"/v1/agent/service/deregister/{quote(entry_id, safe='')}")
+    with suppress(AgentNotFound):
+        ask("PUT", f"/v1/agent/service/deregister/{quote(entry_id, safe='')}")
     if node:
         params = {"filter": f'{expression} and Node == "{node}"'}
         found = ask("GET", f"/v1/catalog/service/{quote(entry['Service'], safe='')}", params=params)
         if found.json() or WITHHELD in found.headers:
-            ask("PUT", "/v1/catalog/deregister", data=json.dumps({"Node": node, "ServiceID": entry_id}))
+            with suppress(AgentNotFound):
+                ask("PUT", "/v1/catalog/deregister", data=json.dumps({"Node": node, "ServiceID": entry_id}))
 
 
 class _Answer(NamedTuple):
@@ -101,8 +109,8 @@ def _ask_now(
     hosts: Sequence[str],
     params: Mapping[str, str] | None = None,
     data: str | None = None,
-) -> _Answer | None:
-    """None where there is no such entry."""
+) -> _Answer:
+    """Raises AgentError where that is no 200."""
     target, ends_at = settings.consul_http_addr, time.monotonic() + timeout
     url = f"{target.prefix}{path}?{urlencode({**(params or {}), **scope(settings)})}"
     for host in hosts or (target.host,):
@@ -111,8 +119,6 @@ def _ask_now(
                 connection.request(method, url, data, headers={**request_headers(settings), "Connection": "close"})
                 status, answer = _read_now(connection, method, ends_at)
             raise_for_status(settings, status, answer.body[:500].decode(errors="replace"))
-        except AgentNotFound:
-            return None
         except ConnectionRefusedError as error:
             refused = error  # a name often has an address that the agent does not listen on
         except TimeoutError:

@@ -257,6 +257,15 @@ def test_denied(
     assert not agent.state.services
 
 
+def test_no_agent(agent: DevAgent, slot_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An answer that no agent gives is a sentence too, and the entry is left as it is."""
+    pid = leave_slot(slot_directory, agent)
+    agent.fault = Fault(path="/v1/agent/checks", status=404, body="unknown service ID")
+    Undertaker(settings_of(agent, slot_directory, consul_http_token="t")).bury(pid)
+    assert "shop.web-1.0 of a dead worker is left to its siblings" in caplog.text
+    assert agent.state.services
+
+
 def test_no_directory(settings: MakeSettings, tmp_path: Path) -> None:
     """Without a directory there are no dead."""
     undertaker = Undertaker(settings(dir=tmp_path / "none"))
