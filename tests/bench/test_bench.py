@@ -66,7 +66,7 @@ def test_stop(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     require("consul")
     monkeypatch.setattr(stop, "MODELS", {"sync": stop.MODELS["sync"]})
     stop.main(1)
-    rows = re.findall(r"^sync +(is well|hangs) +(?:-?[0-9.]+ *){4}$", capsys.readouterr().out, re.MULTILINE)
+    rows = re.findall(r"^sync +(is well|hangs) +(?:-?[0-9.]+ *){6}$", capsys.readouterr().out, re.MULTILINE)
     assert rows == ["is well", "hangs"]
 
 
