@@ -238,9 +238,15 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 def parse_networks(value: str | Iterable[str]) -> tuple[Network, ...]:
     try:
-        return tuple(ipaddress.ip_network(item) for item in parse_list(value))
+        return tuple(_unmapped(ipaddress.ip_network(item)) for item in parse_list(value))
     except ValueError as error:
         raise ValueError(f"must be networks like 10.0.0.0/8, parted by commas: {error}") from None
+
+
+def _unmapped(network: Network) -> Network:
+    """The IPv4 network that ::ffff:10.0.0.0/104 means: IPv4 peers connect with their IPv4 addresses."""
+    first = getattr(network.network_address, "ipv4_mapped", None)
+    return ipaddress.ip_network((first, network.prefixlen - 96)) if first and network.prefixlen >= 96 else network
 
 
 def parse_secret(value: str) -> Secret:

@@ -335,6 +335,17 @@ class TestTagsAndMeta:
             assert "must be networks like 10.0.0.0/8" in sentence
             assert wrong in sentence
 
+    def test_ip4_networks_as_ip6(self) -> None:
+        """An IPv4 network that is written as IPv6 is that IPv4 network, as peers are compared by their IPv4 address."""
+        for text, network in (
+            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+            ("::ffff:192.0.2.1", "192.0.2.1/32"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::/0", "::/0"),
+            ("::/64", "::/64"),
+        ):
+            assert _load(CONSUL_PROM_ALLOW=text).allow == (ip_network(network),)
+
     def test_meta_of_both_forms(self) -> None:
         """Meta is a mapping, or pairs of a key and a value, which may hold '='."""
         assert _load(CONSUL_PROM_META=" a = 1 , b=c=d ,e=").meta == {"a": "1", "b": "c=d", "e": ""}
