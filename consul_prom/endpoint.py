@@ -1,5 +1,6 @@
 """The metrics HTTP server: ``/metrics``, ``/-/healthy`` and a page for people on one socket."""
 
+import asyncio
 import html
 import logging
 import socket
@@ -19,6 +20,8 @@ from consul_prom.webconfig import WebConfig
 log = logging.getLogger(__name__)
 
 MOST_HEADERS: Final = 64  # of 8 KiB each
+REFUSAL: Final = 1.0
+"""Seconds until a request gets its 503, so that a client that tries at once again does not crowd out the others."""
 _HEALTHY: Final = "/-/healthy"  # which asks for no password: the agent has none
 
 
@@ -71,11 +74,17 @@ class Endpoint:
         if self._web is None:
             return await self._answer(request, {})
         try:
-            if request.path == _HEALTHY or await self._web.permits(request.headers.get("Authorization", "")):
+            if await self._permits(request):
                 return await self._answer(request, self._web.headers)
         except EndpointError as error:
+            await asyncio.sleep(REFUSAL)
             return Response(status=503, text=f"{error}\n", headers=self._web.headers)
         return self._unauthorized(request, self._web.headers)
+
+    async def _permits(self, request: BaseRequest) -> bool:
+        if self._web is None or request.path == _HEALTHY:
+            return True
+        return await self._web.permits(request.headers.get("Authorization", ""), peer=request.remote or "")
 
     async def _answer(self, request: BaseRequest, headers: Mapping[str, str]) -> StreamResponse:
         if request.path not in {"/metrics", _HEALTHY, "/"}:

@@ -6,6 +6,7 @@ https://www.rfc-editor.org/rfc/rfc7617
 import asyncio
 import base64
 import hashlib
+import ipaddress
 import logging
 import secrets
 import threading
@@ -17,45 +18,79 @@ from consul_prom.sparing import SparingLog
 
 log = logging.getLogger(__name__)
 
-REMEMBERED: Final = 100
+LINE: Final = 8
+"""Passwords that wait for their check: so many that were never seen, and as many that were refused for want of room."""
+REMEMBERED: Final = 1000
+"""Passwords of each kind, as hashes of 32 bytes."""
 
 
 class Passwords:
-    """Remembers those that were right: bcrypt is slow by design, and a scraper comes again and again."""
+    """Checks passwords one after another, and remembers the answers: bcrypt is slow by design, and scrapers come again.
+
+    Each peer address has one place in the line, so that one that guesses does not keep the others waiting. A password
+    that finds no room is refused, and finds a place of its own when it comes again: a scraper repeats its password at
+    each scrape, and a client that guesses does not.
+    """
 
     def __init__(self) -> None:
         self._log = SparingLog(log)
         self._key = secrets.token_bytes(32)
-        self._right: set[bytes] = set()
-        self._checking: asyncio.Future[bool] | None = None
+        self._right = _Memory()
+        self._wrong = _Memory()
+        self._refused = _Memory()
+        self._checks: dict[bytes, asyncio.Task[bool]] = {}
+        self._places: set[tuple[str, bool]] = set()
+        self._one_at_a_time = asyncio.Lock()
 
-    async def permit(self, authorization: str, users: Mapping[str, str]) -> bool:
+    async def permit(self, authorization: str, users: Mapping[str, str], *, peer: str) -> bool:
         """Whether the header *authorization* has the password of one of *users*, whose hashes these are.
 
         Raises:
             EndpointError: that cannot be told now.
         """
-        user, password = _credentials(authorization)
-        # An unknown user takes as long as a wrong password.
-        hashed = users.get(user) or next(iter(users.values()))
-        proof = hashlib.blake2b(f"{user}\0{hashed}\0{password}".encode(), key=self._key).digest()
-        if proof in self._right:
-            return True
-        if not authorization or not await self._matches(password, hashed) or user not in users:
+        credentials = _credentials(authorization)
+        if credentials is None:
             return False
-        self._right = {proof, *list(self._right)[: REMEMBERED - 1]}
-        return True
+        user, password = credentials
+        proof = hashlib.blake2b(f"{user}\0{users.get(user)}\0{password}".encode(), key=self._key).digest()
+        if proof in self._right or proof in self._wrong:
+            return proof in self._right
+        if proof not in self._checks:
+            # An unknown user takes as long as a wrong password.
+            self._begin(proof, password, users.get(user) or next(iter(users.values())), user in users, peer)
+        return await asyncio.shield(self._checks[proof])  # the answer is of use even if the client has gone
+
+    def _begin(self, proof: bytes, password: str, hashed: str, is_user: bool, peer: str) -> None:  # noqa: FBT001
+        came_before = proof in self._refused
+        place = _network(peer), came_before
+        if place in self._places or sum(before == came_before for _, before in self._places) >= LINE:
+            self._refused.add(proof)
+            raise EndpointError("too many passwords are being checked: try again")
+        self._places.add(place)
+        task = self._checks[proof] = asyncio.create_task(self._check(proof, password, hashed, is_user))
+
+        def end(task: asyncio.Task[bool]) -> None:
+            self._places.discard(place)
+            del self._checks[proof]
+            if not task.cancelled():
+                task.exception()  # which is the waiting clients', if there are any left
+
+        task.add_done_callback(end)
+
+    async def _check(self, proof: bytes, password: str, hashed: str, is_user: bool) -> bool:  # noqa: FBT001
+        async with self._one_at_a_time:
+            found = await self._matches(password, hashed) and is_user
+        (self._right if found else self._wrong).add(proof)
+        return found
 
     async def _matches(self, password: str, hashed: str) -> bool:
-        """One at a time, in a thread of its own: who guesses shall neither have all cores nor hold up our loop."""
-        while self._checking:
-            await asyncio.wait({self._checking})
+        """In a thread of its own, since guesses must not hold up our loop."""
         loop = asyncio.get_running_loop()
-        answer = loop.create_future()
+        answer: asyncio.Future[bool] = loop.create_future()
 
         def settle(found: bool) -> None:  # noqa: FBT001  # a value, not a switch
-            self._checking = None
-            answer.set_result(found)
+            if not answer.cancelled():
+                answer.set_result(found)
 
         def check() -> None:
             found = _bcrypt_matches(password, hashed)
@@ -69,17 +104,37 @@ class Passwords:
             self._log.failed(sentence, error)
             raise EndpointError("no thread to check a password in") from error
         self._log.over("passwords can be checked again")
-        self._checking = answer  # not before: nobody would end it
-        return await asyncio.shield(answer)
+        return await answer
 
 
-def _credentials(authorization: str) -> tuple[str, str]:
+class _Memory:
+    """The last REMEMBERED proofs that were added."""
+
+    def __init__(self) -> None:
+        self._proofs: dict[bytes, None] = {}
+
+    def __contains__(self, proof: bytes) -> bool:
+        return proof in self._proofs
+
+    def add(self, proof: bytes) -> None:
+        self._proofs[proof] = None
+        if len(self._proofs) > REMEMBERED:
+            del self._proofs[next(iter(self._proofs))]
+
+
+def _network(peer: str) -> str:
+    """The addresses that count as one peer: an IPv6 host has a whole /64."""
+    address = peer.partition("%")[0]
+    return str(ipaddress.ip_network((address, 64), strict=False)) if ":" in address else address
+
+
+def _credentials(authorization: str) -> tuple[str, str] | None:
     scheme, _, rest = authorization.partition(" ")
     try:
-        user, _, password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
+        user, colon, password = base64.b64decode(rest.strip(), validate=True).decode().partition(":")
     except ValueError:
-        return "", ""
-    return (user, password) if scheme.lower() == "basic" else ("", "")
+        return None
+    return (user, password) if colon and scheme.lower() == "basic" else None
 
 
 def _bcrypt_matches(password: str, hashed: str) -> bool:

@@ -49,19 +49,31 @@ _TLS_KEYS: Final = frozenset(
 )
 
 
+_Versions = Mapping[Path, tuple[int, ...] | None]
+"""Tell whether a web-config file, and the files that it names, are still those that were read."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """A file, understood; *versions* tell whether it, or a file that it names, is still the one that was read."""
+    """A file, understood."""
 
     tls: ssl.SSLContext | None
     users: Mapping[str, str]
     headers: Mapping[str, str]
-    versions: Mapping[Path, tuple[int, ...] | None]
+    versions: _Versions
 
     @property
     def registered(self) -> tuple[bool, bool]:
         """What the registration depends on: whether TLS is spoken, and client certificates are required."""
         return self.tls is not None, self.tls is not None and self.tls.verify_mode is ssl.CERT_REQUIRED
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A file that cannot be used: it is not read again at each request, but when it has changed."""
+
+    error: EndpointError
+    versions: _Versions
 
 
 class WebConfig:
@@ -74,7 +86,8 @@ class WebConfig:
             EndpointError: it cannot be used; says why, and nothing of what it holds.
         """
         self._path = Path(path).absolute()
-        self._content = _read(self._path)
+        self._content = _read(self._path, {})
+        self._failure: _Failure | None = None
         self._log = SparingLog(log)
         self._passwords = Passwords()
 
@@ -96,46 +109,53 @@ class WebConfig:
         self._refresh()
         return self._content.tls
 
-    async def permits(self, authorization: str) -> bool:
-        """Whether a request with this header, or none, may be answered.
+    async def permits(self, authorization: str, *, peer: str) -> bool:
+        """Whether a request with this header, or none, of the address *peer* may be answered.
 
         Raises:
             EndpointError: that cannot be told now.
         """
         self._refresh()
         users = self._content.users
-        return not users or await self._passwords.permit(authorization, users)
+        return not users or await self._passwords.permit(authorization, users, peer=peer)
 
     def _refresh(self) -> None:
         """Take up what has changed; what cannot be taken up is one WARNING, and all stays as it was."""
-        versions = {file: _version(file) for file in self._content.versions}
-        if versions != self._content.versions:
-            try:
-                self._content = self._read_again()
-            except EndpointError as error:
-                self._log.failed("the web configuration stays as it was: %s", error, reason=tuple(versions.values()))
-                return
+        if _is_current(self._content.versions):
+            self._failure = None
+        elif self._failure is None or not _is_current(self._failure.versions):
+            self._read_again()
+        if failure := self._failure:
+            reason = tuple(failure.versions.values())
+            self._log.failed("the web configuration stays as it was: %s", failure.error, reason=reason)
+        else:
+            self._log.over("the web configuration is right again")
+
+    def _read_again(self) -> None:
+        seen: dict[Path, tuple[int, ...] | None] = {}
+        try:
+            content = _read(self._path, seen)
+            if content.registered != self._content.registered:
+                raise _trouble(
+                    self._path,
+                    "changes whether TLS is spoken or client certificates are required, which the worker's entry in "
+                    "Consul tells: start the worker anew",
+                )
+        except EndpointError as error:
+            self._failure = _Failure(error, seen)
+        else:
+            self._content, self._failure = content, None
             log.info("the web configuration was read again")
-        self._log.over("the web configuration is right again")
-
-    def _read_again(self) -> _Content:
-        content = _read(self._path)
-        if content.registered == self._content.registered:
-            return content
-        raise _trouble(
-            self._path,
-            "changes whether TLS is spoken or client certificates are required, which the worker's entry in Consul "
-            "tells: start the worker anew",
-        )
 
 
-def _read(path: Path) -> _Content:
+def _read(path: Path, seen: dict[Path, tuple[int, ...] | None]) -> _Content:
+    """What the file at *path* says. Each file that is read goes into *seen*, with its version."""
+    seen[path] = _version(path)
     try:  # both here: none is imported when the file changes, in the middle of which the application might fork
         import bcrypt  # noqa: F401
         import yaml
     except ImportError as error:
         raise EndpointError(f"CONSUL_PROM_WEB_CONFIG needs {error.name}: pip install 'consul-prom[web]'") from None
-    seen: dict[Path, tuple[int, ...] | None] = {path: _version(path)}
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -254,9 +274,13 @@ def _known(found: Mapping[str, Any], key: str, values: Mapping[str, Any], defaul
     return values[value]
 
 
+def _is_current(versions: _Versions) -> bool:
+    return all(_version(file) == version for file, version in versions.items())
+
+
 def _version(file: Path) -> tuple[int, ...] | None:
     try:
         found = file.stat()
     except OSError:
         return None
-    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+    return found.st_ctime_ns, found.st_size, found.st_ino, found.st_dev  # a change of rights changes ctime only

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import bcrypt
 import pytest
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from consul_prom import webconfig as module
 from consul_prom.errors import EndpointError
 from consul_prom.webconfig import WebConfig
+from tests.services.waiting import wait_until
 
 HASH = bcrypt.hashpw(b"hunter2", bcrypt.gensalt(4)).decode()
 Write = Callable[..., WebConfig]
@@ -221,10 +223,10 @@ class TestRest:
     async def test_users(self, write: Write) -> None:
         """Users are let in with their passwords, and nobody else; without users everybody is."""
         config = write({"basic_auth_users": {"me": HASH}})
-        assert await config.permits(basic("me", "hunter2"))
-        assert not await config.permits(basic("me", "hunter3"))
-        assert not await config.permits("")
-        assert await write(tls()).permits("")
+        assert await config.permits(basic("me", "hunter2"), peer="192.0.2.1")
+        assert not await config.permits(basic("me", "hunter3"), peer="192.0.2.1")
+        assert not await config.permits("", peer="192.0.2.1")
+        assert await write(tls()).permits("", peer="192.0.2.1")
 
     def test_headers(self, write: Write) -> None:
         """Headers that the file sets are given, and empty ones are not."""
@@ -239,11 +241,11 @@ class TestReload:
     async def test_users(self, write: Write, files: Path) -> None:
         """A password that was taken out opens no longer, and a new one does."""
         config = write({"basic_auth_users": {"me": HASH}})
-        assert await config.permits(basic("me", "hunter2"))
+        assert await config.permits(basic("me", "hunter2"), peer="192.0.2.1")
         other = bcrypt.hashpw(b"correct horse", bcrypt.gensalt(4)).decode()
         (files / "web.yml").write_text(yaml.safe_dump({"basic_auth_users": {"me": other}}))
-        assert not await config.permits(basic("me", "hunter2"))
-        assert await config.permits(basic("me", "correct horse"))
+        assert not await config.permits(basic("me", "hunter2"), peer="192.0.2.1")
+        assert await config.permits(basic("me", "correct horse"), peer="192.0.2.1")
 
     def test_certificate(self, write: Write, files: Path) -> None:
         """A certificate that is replaced is served from the next connection on, though the file is the same."""
@@ -293,7 +295,47 @@ class TestReload:
         config.tls()
         (files / "away").rename(files / "web.yml")
         config.tls()
-        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+        warning, *others = (record.levelname for record in caplog.records)
+        assert (warning, set(others)) == ("WARNING", {"INFO"})
+        assert caplog.messages[-1] == "the web configuration is right again"
+
+    def test_broken_file_is_read_once(
+        self, write: Write, files: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A file that cannot be used is not parsed at each connection, but when it or a file that it names changes."""
+        config = write(tls())
+        before = config.tls()
+        parse = Mock(wraps=yaml.safe_load)
+        monkeypatch.setattr(yaml, "safe_load", parse)
+        (files / "web.yml").write_text("tls_server_config: {")
+        for _ in range(5):
+            assert config.tls() is before
+        assert parse.call_count == 1
+        (files / "web.yml").write_text(yaml.safe_dump(tls(cert_file="new.pem")))
+        for _ in range(5):
+            assert config.tls() is before
+        assert parse.call_count == 2
+        shutil.copy(files / "cert.pem", files / "new.pem")
+        assert config.tls() is not before
+        assert parse.call_count == 3
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+
+    def test_rights_are_given(self, write: Write, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A certificate that could not be read is read when its mode changes."""
+        config = write(tls())
+        before = config.tls()
+        shutil.copy(files / "cert.pem", files / "new.pem")
+        (files / "web.yml").write_text(yaml.safe_dump(tls(cert_file="new.pem")))
+        with monkeypatch.context() as denied:
+            denied.setattr("os.access", lambda file, _mode: file.name != "new.pem")
+            assert config.tls() is before
+        assert config.tls() is before
+
+        def is_read() -> bool:
+            (files / "new.pem").chmod(0o600)  # again, as the clock of file systems is coarse
+            return config.tls() is not before
+
+        wait_until(is_read, within=10, what="read")
 
     @pytest.mark.parametrize(
         ("before", "after"),

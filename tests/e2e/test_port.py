@@ -1,15 +1,19 @@
 """The port behind TLS, passwords and client certificates: a real Consul checks it, a real Prometheus scrapes it."""
 
+import base64
+import http.client
+import itertools
 import os
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +101,20 @@ def start(consul: Consul, tmp_path: Path) -> Iterator[Start]:
     assert not checks(consul)
 
 
+def guess(address: tuple[str, int], source: str, number: int, ends: threading.Event) -> None:
+    """Ask with one password after another, from the address *source*."""
+    for turn in itertools.count():
+        token = base64.b64encode(f"prometheus:{number}-{turn}".encode()).decode()
+        with (
+            closing(http.client.HTTPConnection(*address, timeout=10, source_address=(source, 0))) as client,
+            suppress(OSError, http.client.HTTPException),
+        ):
+            client.request("GET", "/metrics", headers={"Authorization": f"Basic {token}"})
+            assert client.getresponse().status in {401, 503}
+        if ends.is_set():
+            return
+
+
 def checks(consul: Consul) -> list[dict[str, Any]]:
     _, found = consul.call("/v1/agent/checks")
     return [check for check in found.values() if check["ServiceName"] == "shop-metrics"]
@@ -147,6 +165,30 @@ def test_tls_and_password(consul: Consul, start: Start, certificates: Certificat
             within=60,
             what="scrapes go on",
         )
+
+
+@pytest.mark.parametrize("source", ["127.0.0.2", "127.0.0.1"], ids=["another address", "Prometheus' address"])
+def test_guesses(consul: Consul, start: Start, source: str) -> None:
+    """Forty connections that guess passwords, before the first scrape already, do not keep Prometheus out."""
+    users = {"prometheus": bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(12)).decode()}
+    start({"basic_auth_users": users})
+    _, entry = consul.call("/v1/agent/service/shop.web-1.0")
+    ends = threading.Event()
+    guesses = [
+        threading.Thread(target=guess, args=((entry["Address"], entry["Port"]), source, number, ends))
+        for number in range(40)
+    ]
+    for thread in guesses:
+        thread.start()
+    try:
+        options = {"basic_auth": {"username": "prometheus", "password": PASSWORD}, "scrape_interval": "5s"}
+        with Prometheus(scrape_config(consul, **options, scrape_timeout="5s"), flags=HASTY) as prometheus:
+            wait_until(lambda: up(prometheus, 1), within=60, what="a scrape")
+            assert all(thread.is_alive() for thread in guesses)
+    finally:
+        ends.set()
+        for thread in guesses:
+            thread.join()
 
 
 def test_hooks(consul: Consul, certificates: Certificates, tmp_path: Path) -> None:
