@@ -6,12 +6,13 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Final
 
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web import BaseRequest, Response, Server, StreamResponse
+from aiohttp.web import BaseRequest, RequestHandler, Response, Server, StreamResponse
 
-from consul_prom.door import Door
+from consul_prom.door import Connection, Connections, Door
 from consul_prom.errors import EndpointError
 from consul_prom.scrape import Render, Scrapes
 from consul_prom.values import Network
@@ -23,13 +24,14 @@ MOST_HEADERS: Final = 64  # of 8 KiB each
 REFUSAL: Final = 1.0
 """Seconds until a request gets its 503, so that a client that tries at once again does not crowd out the others."""
 _HEALTHY: Final = "/-/healthy"  # which asks for no password: the agent has none
+_SERVER: Final = {"Server": "consul-prom"}  # aiohttp would name its version
 
 
 class Endpoint:
     """One socket that is served; *render* and *on_scrape* as `Scrapes` has them.
 
     *about* tells the page for people what to show. *allow* are the networks that may come, *web* the TLS and the
-    passwords.
+    passwords. Endpoints of one process share their *connections*.
     """
 
     def __init__(
@@ -40,19 +42,13 @@ class Endpoint:
         on_scrape: Callable[[float], None],
         allow: Sequence[Network] = (),
         web: WebConfig | None = None,
+        connections: Connections | None = None,
     ) -> None:
         self.scrapes = Scrapes(render, on_scrape=on_scrape)
         self._about = about
         self._web = web
-        self._server = Server(
-            self._handle,
-            access_log=None,
-            logger=_ServerLog(log),
-            handler_cancellation=True,
-            lingering_time=0,  # a body that nobody asked for is not waited for
-            max_headers=MOST_HEADERS,
-        )
-        self._door = Door(self._server, allow=allow, tls=web.tls if web else lambda: None)
+        self._server = Server(self._handle, handler_cancellation=True)
+        self._door = Door(self._connect, connections=connections, allow=allow, tls=web.tls if web else lambda: None)
         self._without_password = ""
 
     async def serve(self, server: socket.socket) -> None:
@@ -69,17 +65,22 @@ class Endpoint:
         """Who did not come in since the last scrape, and why, as a sentence; or ""."""
         return self._without_password or self._door.turned_away
 
+    def _connect(self, connection: Connection) -> asyncio.Protocol:
+        return _Protocol(self._server, connection)
+
     async def _handle(self, request: BaseRequest) -> StreamResponse:
-        self._door.heard(request.protocol)
-        if self._web is None:
-            return await self._answer(request, {})
+        connection: Connection = request.protocol.connection  # type: ignore[attr-defined]  # it is a _Protocol
+        connection.heard()
+        headers = {**_SERVER, **self._web.headers} if self._web else _SERVER
         try:
-            if await self._permits(request):
-                return await self._answer(request, self._web.headers)
+            permitted = await self._permits(request)
         except EndpointError as error:
             await asyncio.sleep(REFUSAL)
-            return Response(status=503, text=f"{error}\n", headers=self._web.headers)
-        return self._unauthorized(request, self._web.headers)
+            return Response(status=503, text=f"{error}\n", headers=headers)
+        if not permitted:
+            return self._unauthorized(request, headers)
+        with connection.answering():
+            return await self._answer(request, headers)
 
     async def _permits(self, request: BaseRequest) -> bool:
         if self._web is None or request.path == _HEALTHY:
@@ -111,6 +112,46 @@ class Endpoint:
             for key, value in {**self._about(), "last scrape": ago}.items()
         )
         return _HOME.format(rows=rows)
+
+
+class _Protocol(RequestHandler):
+    """aiohttp's side of a *connection*."""
+
+    def __init__(self, server: Server, connection: Connection) -> None:
+        options: dict[str, Any] = {
+            "access_log": None,
+            "logger": _ServerLog(log),
+            "lingering_time": 0,  # a body that nobody asked for is not waited for
+            "max_headers": MOST_HEADERS,
+        }
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
+        self.connection = connection
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.connection.stalled()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.connection.resumed()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio takes it for "keep the connection"
+        """Answer the requests of a client that will send no more; asyncio can do so without TLS only."""
+        is_idle = self._waiter is not None and not self._waiter.done()
+        self.close()
+        return not is_idle and self.ssl_context is None
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002  # it repeats what was sent
+    ) -> StreamResponse:
+        """Answer with the status alone, and without aiohttp's name."""
+        response = super().handle_error(request, status, exc, f"{HTTPStatus(status).phrase}\n")
+        response.headers.update(_SERVER)
+        return response
 
 
 class _ServerLog(logging.LoggerAdapter[logging.Logger]):

@@ -12,6 +12,7 @@ from consul_prom import __version__
 from consul_prom.address import listen
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry
+from consul_prom.door import Connections
 from consul_prom.endpoint import Endpoint
 from consul_prom.errors import EndpointError
 from consul_prom.exposition import Renderer
@@ -29,6 +30,7 @@ class Site:
         """Raises SettingsError where the web-config file is wrong."""
         self._settings = settings
         self._web = WebConfig(settings.web_config) if settings.web_config else None
+        self._connections = Connections()
         self._pid = os.getpid()
         self._address = ""
 
@@ -62,6 +64,7 @@ class Site:
             on_scrape=on_scrape,
             allow=self._settings.allow,
             web=self._web,
+            connections=self._connections,
         )
 
     def registration(self, slot: Slot, listener: socket.socket, *, adopted: bool = False) -> Registration:

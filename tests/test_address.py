@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from consul_prom import address as module
 from consul_prom.address import find_address, is_local, listen, route_address
@@ -275,3 +276,10 @@ def test_port_of_before(settings: MakeSettings, monkeypatch: pytest.MonkeyPatch,
         before = listener.getsockname()[1]
     with site.listen(0, before=before) as listener:
         assert listener.getsockname()[1] == before
+
+
+async def test_one_budget(settings: MakeSettings) -> None:
+    """All endpoints of a process share its connections: a leader of many adopted slots has no more than others."""
+    site = Site(settings(port="0"))
+    first, second = (site.endpoint(CollectorRegistry(), about=dict) for _ in range(2))
+    assert first._door._connections is second._door._connections

@@ -4,18 +4,21 @@ import asyncio
 import errno
 import logging
 import os
+import resource
 import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 
 from consul_prom import door as module
-from consul_prom.door import Door
+from consul_prom.door import Connection, Connections, Door
 from tests.services.waiting import eventually
 
 DEADLINE = 10.0
@@ -23,10 +26,11 @@ ELSEWHERE = "127.1.2.3"  # not the address that is listened on, but loopback
 
 
 class Echo(asyncio.Protocol):
-    """Sends back what comes, and tells the door."""
+    """Sends back what comes, and tells its connection."""
 
-    def __init__(self, house: "House") -> None:
+    def __init__(self, house: "House", connection: Connection) -> None:
         self.house = house
+        self.connection = connection
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -36,7 +40,7 @@ class Echo(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         assert self.transport
-        self.house.door.heard(self)
+        self.connection.heard()
         self.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -48,9 +52,10 @@ class House:
 
     def __init__(self, **options: object) -> None:
         self.inside: set[Echo] = set()
+        self.connections = Connections()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
         self.listener.setblocking(False)
-        self.door = Door(lambda: Echo(self), **options)  # type: ignore[arg-type]
+        self.door = Door(lambda connection: Echo(self, connection), **{"connections": self.connections, **options})  # type: ignore[arg-type]
         self.door.open(self.listener)
         self.address = self.listener.getsockname()
 
@@ -106,9 +111,9 @@ async def test_comes_in(house: House) -> None:
     second.leave()
 
 
-async def test_newcomer_takes_the_place_of_the_silent(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_newcomer_takes_the_place_of_the_silent(house: House) -> None:
     """With all places taken, whoever was silent for longest has to go, not whoever talks."""
-    monkeypatch.setattr(module, "PLACES", 3)
+    house.connections.most = 3
     guests = [await house.connect() for _ in range(3)]
     await eventually(lambda: len(house.inside) == 3, within=DEADLINE, what="three inside")
     assert await guests[0].say()  # guests[1] is now the one that was silent for longest
@@ -121,9 +126,9 @@ async def test_newcomer_takes_the_place_of_the_silent(house: House, monkeypatch:
         guest.leave()
 
 
-async def test_place_is_free_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_place_is_free_again(house: House) -> None:
     """Who has left takes no place, and nobody is sent away for it."""
-    monkeypatch.setattr(module, "PLACES", 2)
+    house.connections.most = 2
     stays = await house.connect()
     assert await stays.say()
     for _ in range(5):
@@ -170,11 +175,131 @@ async def test_nobody_is_looked_after(house: House, monkeypatch: pytest.MonkeyPa
     guest = await house.connect()
     assert await guest.say()
     guest.leave()
-    await eventually(lambda: house.door._timer is None, within=DEADLINE, what="nobody looks")
+    await eventually(lambda: house.connections._timer is None, within=DEADLINE, what="nobody looks")
     again = await house.connect()
     assert await again.say()
-    assert house.door._timer is not None
+    assert house.connections._timer is not None
     again.leave()
+
+
+class TestAnswering:
+    """Requests that are being answered."""
+
+    async def test_keeps_its_place(self, house: House) -> None:
+        """A connection with a request in flight stays, however many others come; afterwards it may have to go."""
+        house.connections.most = 3
+        scraper = await house.connect()
+        assert await scraper.say()
+        (echo,) = house.inside
+        with echo.connection.answering():
+            crowd = [await house.connect() for _ in range(10)]
+            for guest in crowd[:-2]:
+                assert await guest.sent_away()
+            assert await scraper.say()
+        late = [await house.connect() for _ in range(3)]
+        assert await scraper.sent_away()
+        for guest in (scraper, *crowd, *late):
+            guest.leave()
+
+    async def test_client_that_stalls(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A client that does not take its answer loses its place to a new one after a while, unless it goes on."""
+        monkeypatch.setattr(module, "STALL", 0)
+        house.connections.most = 2
+        guests = [await house.connect() for _ in range(2)]
+        for guest in guests:
+            assert await guest.say()
+        first, second = (echo.connection for echo in house.inside)
+        with first.answering(), second.answering():
+            first.stalled()
+            second.stalled()
+            second.resumed()
+            late = await house.connect()
+            assert await late.say()
+            assert (first.is_open, second.is_open) == (False, True)
+        for guest in (*guests, late):
+            guest.leave()
+
+    async def test_all_are_in_flight(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+        """With requests in flight everywhere, a new connection waits until one has been answered."""
+        monkeypatch.setattr(module, "LOOK", 0.05)
+        house.connections.most = 2
+        guests = [await house.connect() for _ in range(2)]
+        for guest in guests:
+            assert await guest.say()
+        with ExitStack() as answering:
+            for echo in house.inside:
+                answering.enter_context(echo.connection.answering())
+            late = await house.connect()
+            answer = asyncio.create_task(late.say())
+            await eventually(lambda: not _watched(house.listener), within=DEADLINE, what="nothing is accepted")
+            assert len(house.inside) == 2
+        assert await answer
+        for guest in (*guests, late):
+            guest.leave()
+
+    async def test_deadline(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A request that is in flight has a deadline, too."""
+        monkeypatch.setattr(module, "SILENCE", 0.2)
+        monkeypatch.setattr(module, "LOOK", 0.05)
+        guest = await house.connect()
+        assert await guest.say()
+        (echo,) = house.inside
+        with echo.connection.answering():
+            assert await guest.sent_away()
+        guest.leave()
+
+
+def _watched(listener: socket.socket) -> bool:
+    loop: Any = asyncio.get_running_loop()
+    return listener.fileno() in loop._selector.get_map()
+
+
+class TestManyListeners:
+    """Doors that share their connections."""
+
+    @pytest.mark.parametrize("number", [10, 61])
+    async def test_descriptors(self, number: int) -> None:
+        """Silent connections to all listeners of a process hold no more descriptors than those to one."""
+        connections = Connections()
+        houses = [House(connections=connections) for _ in range(number)]
+        before, most = _descriptors(), 0
+        crowd = []
+        for turn in range(500):
+            crowd.append(socket.create_connection(houses[turn % number].address, DEADLINE))
+            await asyncio.sleep(0)
+            most = max(most, _descriptors() - before - len(crowd))
+        guest = await houses[0].connect()
+        assert await guest.say()
+        guest.leave()
+        assert most <= connections.most + 2 * connections.most // module.TURNS  # closing takes a turn or two
+        for client in crowd:
+            client.close()
+        for house in houses:
+            await house.close()
+
+    async def test_crowd_at_another_port(self) -> None:
+        """A crowd at one port does not keep clients of another one waiting."""
+        connections = Connections(8)
+        crowded, calm = (House(connections=connections) for _ in range(2))
+        crowd = [socket.create_connection(crowded.address, DEADLINE) for _ in range(200)]
+        guest = await calm.connect()
+        assert await guest.say()
+        assert crowded.inside
+        guest.leave()
+        for client in crowd:
+            client.close()
+        for house in (crowded, calm):
+            await house.close()
+
+    @pytest.mark.parametrize(("soft", "most"), [(256, 32), (1024, 128), (65536, 128), (resource.RLIM_INFINITY, 128)])
+    def test_budget(self, monkeypatch: pytest.MonkeyPatch, soft: int, most: int) -> None:
+        """The budget is an eighth of the process' descriptors, and 128 at most."""
+        monkeypatch.setattr(resource, "getrlimit", lambda _which: (soft, soft))
+        assert Connections().most == most
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 class TestAllow:
@@ -269,7 +394,7 @@ class TestTrouble:
         """A door that was closed while it rested stays closed."""
         monkeypatch.setattr(module, "LOOK", 0.05)
         house = House()
-        house.door._rest(house.listener, OSError(errno.EMFILE, ""))
+        house.door.rest()
         house.door.close()
         await asyncio.sleep(0.1)
         with pytest.raises(ConnectionRefusedError):
@@ -316,7 +441,7 @@ class TestTLS:
         """A handshake that never comes is ended in time, and takes no place from those who come after."""
         monkeypatch.setattr(module, "FIRST_REQUEST", 0.3)
         monkeypatch.setattr(module, "LOOK", 0.05)
-        monkeypatch.setattr(module, "PLACES", 2)
+        house.connections.most = 2
         silent = [await house.connect() for _ in range(4)]
         guest = await house.connect(ssl=self._client())
         assert await guest.say()

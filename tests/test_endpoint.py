@@ -1,9 +1,11 @@
 """The metrics thread, its listening socket, and what it answers."""
 
 import asyncio
+import base64
 import http.client
 import logging
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from consul_prom import scrape
+from consul_prom import door, passwords, scrape
 from consul_prom.address import listen
 from consul_prom.endpoint import Endpoint
 from consul_prom.registration import HEALTH_PATH
@@ -308,6 +310,24 @@ class TestReaders:
             wait_until(lambda: not page.readers, within=DEADLINE, what="it is cut off")
             assert not _is_whole(client, 20_000_000)
 
+    def test_crowd(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A crowd of silent connections cuts off no scraper, neither while its page is written nor while it is read."""
+        monkeypatch.setattr(door, "STALL", 60)
+        size, crowd = 20_000_000, []
+        served.page = lambda: b"x" * size
+        with served.holding() as go_on, served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            wait_until(lambda: served.written, within=DEADLINE, what="the page is begun")
+            crowd += [served.connect() for _ in range(2 * door.PLACES)]
+            assert served.ask(HEALTH_PATH).status == 200
+            go_on.set()
+            wait_until(lambda: served.took, within=DEADLINE, what="the page is written")
+            crowd += [served.connect() for _ in range(2 * door.PLACES)]
+            assert served.ask(HEALTH_PATH).status == 200
+            assert _is_whole(client, size)
+        for silent in crowd:
+            silent.close()
+
     def test_since(self, served: Served) -> None:
         """A scrape has been when its page is sent to its end, begun since then, to all that are still connected."""
         since, size = served.endpoint.scrapes.since, 20_000_000
@@ -482,6 +502,25 @@ class TestWebConfig:
         guarded.ask(**right)
         assert not turned_away()
 
+    def test_guesses(self, guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Guesses of one client on many connections get a 503, except for one, and the right password is let in."""
+        gate = threading.Event()
+        matches = passwords._bcrypt_matches
+        monkeypatch.setattr(
+            passwords, "_bcrypt_matches", lambda password, hashed: gate.wait(DEADLINE) and matches(password, hashed)
+        )
+        clients = [guarded.connect() for _ in range(20)]
+        for number, client in enumerate(clients):
+            token = base64.b64encode(f"me:{number}".encode()).decode()
+            client.sendall(f"GET /metrics HTTP/1.0\r\nAuthorization: Basic {token}\r\n\r\n".encode())
+        wait_until(lambda: len(select.select(clients, [], [], 0)[0]) == 19, within=DEADLINE, what="19 answers")
+        gate.set()
+        statuses = sorted(_all_of(client).split(b" ", 2)[1] for client in clients)
+        assert statuses == [b"401", *[b"503"] * 19]
+        assert guarded.ask(Authorization="Basic bWU6aHVudGVyMg==").status == 200
+        for client in clients:
+            client.close()
+
     def test_no_thread(self, guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where no password can be checked, that is said with a 503, and nothing else is told."""
 
@@ -545,6 +584,46 @@ class TestRefusals:
             assert b"one 1.0" not in _all_of(client)
         assert served.ask().status == 200
         assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+    @pytest.mark.parametrize(
+        "junk", [b"\0" * 100_000, b"GET /metrics HTTP/1.1\r\nX\xff<b>\r\n\r\n"], ids=["NULs", "markup"]
+    )
+    def test_error_answer(self, served: Served, junk: bytes) -> None:
+        """The answer to what is no HTTP repeats nothing of it, and names no version."""
+        with served.connect() as client:
+            with suppress(ConnectionError):
+                client.sendall(junk)
+            answer = _all_of(client)
+        assert answer.startswith(b"HTTP/1.0 400 Bad Request\r\n")
+        assert answer.endswith(b"\r\n\r\nBad Request\n")
+        assert b"Server: consul-prom\r\n" in answer
+
+    @pytest.mark.parametrize("path", ["/metrics", "/", "/no", HEALTH_PATH])
+    def test_server(self, served: Served, path: str) -> None:
+        """No answer names aiohttp or Python, and with them their versions."""
+        for method in ("GET", "POST"):
+            assert served.ask(path, method).headers.get_all("Server") == ["consul-prom"]
+        served.facts = {"one": 1}  # type: ignore[dict-item]
+        assert served.ask("/").headers.get_all("Server") == ["consul-prom"]
+
+    def test_client_that_sends_no_more(self, served: Served) -> None:
+        """A client that ends its side after its request gets the answer, and then the end."""
+        with served.holding() as go_on, served.connect() as client:
+            client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.shutdown(socket.SHUT_WR)
+            wait_until(lambda: served.written, within=DEADLINE, what="the page is begun")
+            go_on.set()
+            assert _all_of(client).endswith(b"one 1.0\n")
+
+    def test_client_that_sends_nothing_more(self, served: Served) -> None:
+        """A client that ends its side without a request, or in the middle of one, is disconnected."""
+        for head in (b"", b"GET /metrics HTTP/1.1\r\nHost:", b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n"):
+            with served.connect() as client:
+                client.sendall(head)
+                if head.endswith(b"\r\n\r\n"):
+                    assert client.recv(1000).endswith(b"healthy\n")
+                client.shutdown(socket.SHUT_WR)
+                assert _all_of(client) == b""
 
 
 class TestClose:
