@@ -60,13 +60,19 @@ def on_starting(server: "Arbiter") -> None:
     _Ours.masters[server] = Master(uid=server.cfg.uid, gid=server.cfg.gid)
 
 
+def _master(server: "Arbiter") -> Master | None:
+    """What belongs to the master, in the master: each process forked from it has a copy, and may run its hooks."""
+    master = _Ours.masters.get(server)
+    return master if master and master.mine else None
+
+
 def nworkers_changed(server: "Arbiter", new_value: int, _old_value: int | None) -> None:
-    if master := _Ours.masters.get(server):
+    if master := _master(server):
         master.workers(wanted=new_value, alive=len(server.WORKERS))
 
 
 def pre_fork(server: "Arbiter", _worker: "GunicornWorker") -> None:
-    if master := _Ours.masters.get(server):
+    if master := _master(server):
         master.workers(wanted=server.num_workers, alive=len(server.WORKERS) + 1)
 
 
@@ -132,7 +138,7 @@ def worker_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
 
 def child_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
     """In the master, after any end of a worker."""
-    if master := _Ours.masters.get(server):
+    if master := _master(server):
         alive, wanted = len(server.WORKERS), server.num_workers
         short = bool(server.cfg.max_requests and server.LISTENERS) and alive < wanted
         master.workers(wanted=wanted, alive=alive)
@@ -141,7 +147,8 @@ def child_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
 
 def on_exit(server: "Arbiter") -> None:
     """In the master, after all workers were stopped; what had to be killed is not waited for by Gunicorn."""
-    if master := _Ours.masters.pop(server, None):
+    if master := _master(server):
+        del _Ours.masters[server]
         master.stop(dying=lambda: any(map(process_identity, server.WORKERS)))
 
 

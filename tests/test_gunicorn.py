@@ -2,16 +2,21 @@
 
 import gc
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from gunicorn.config import Config
 
 import consul_prom
 from consul_prom import gunicorn as hooks
+from consul_prom.master import Master
+from consul_prom.tally import Masters
+from tests.forking import in_child
 
 NAMES = {ours.__name__ for ours in hooks._OURS}
 
@@ -127,6 +132,25 @@ def test_replaced(caplog: pytest.LogCaptureFixture, replaced: tuple[str, ...], t
         config.settings[name].value = hook
     hooks._look_for_others(config)
     assert [record.getMessage().partition("gunicorn.conf.py: ")[2] for record in caplog.records] == [told] * bool(told)
+
+
+@pytest.mark.parametrize("name", ["pre_fork", "nworkers_changed", "worker_exit", "child_exit", "on_exit"])
+def test_forked_by_a_worker(slot_directory: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A hook that runs in a child which a worker has forked leaves the master's statistics alone."""
+    monkeypatch.setenv("CONSUL_PROM_DIR", str(slot_directory))
+    monkeypatch.setenv("CONSUL_PROM_SERVICE", "shop")
+    server, worker = Mock(num_workers=2, WORKERS={}), Mock(pid=os.getppid(), aborted=False)
+    server.cfg.max_requests = 0
+    master = hooks._Ours.masters[server] = Master(uid=os.geteuid(), gid=os.getegid())
+    try:
+        master.workers(wanted=2, alive=2)
+        before = Masters(slot_directory, "shop").living()
+        arguments = {"nworkers_changed": (server, 0, 2), "on_exit": (server,)}.get(name, (server, worker))
+        in_child(lambda: vars(hooks)[name](*arguments))
+        assert Masters(slot_directory, "shop").living() == before
+    finally:
+        hooks.on_exit(server)
+    assert not Masters(slot_directory, "shop").living(), "the master itself still acts"
 
 
 def test_hook_by_name() -> None:
