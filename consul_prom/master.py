@@ -3,6 +3,7 @@
 No thread, no socket that stays, no lock that stays: workers are forked from it. Nothing here raises.
 """
 
+import encodings.ascii  # noqa: F401  # else first used as the workers' user, who may not read where modules are
 import logging
 import os
 from collections.abc import Callable, Iterator

@@ -3,7 +3,9 @@
 import gc
 import importlib
 import os
+import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from gunicorn.config import Config
 
 import consul_prom
 from consul_prom import gunicorn as hooks
+from consul_prom.devagent import DevAgent
 from consul_prom.master import Master
 from consul_prom.tally import Masters
 from tests.forking import in_child
+from tests.test_undertaker import leave_slot
 
 NAMES = {ours.__name__ for ours in hooks._OURS}
 
@@ -113,6 +117,58 @@ def test_collected_before_the_fork() -> None:
     before = gc.get_stats()[2]["collections"]
     hooks._preload()
     assert gc.get_stats()[2]["collections"] == before + 1
+
+
+LIFE = """
+import os, sys
+from unittest.mock import Mock
+from gunicorn.config import Config
+from consul_prom import gunicorn as hooks
+config = Config()
+for ours in hooks._OURS:
+    config.set(ours.__name__, ours)
+server, worker = Mock(WORKERS={}, num_workers=1, cfg=config), Mock(pid=os.getpid(), cfg=config)
+hooks._preload()
+before = set(sys.modules)
+hooks.on_starting(server)
+hooks.pre_fork(server, worker)
+hooks.post_worker_init(worker)
+ours = hooks._Ours.workers[worker]
+while not ours.registered:
+    pass
+print(ours.url, flush=True)
+hooks.child_exit(server, Mock(pid=int(sys.stdin.readline()), aborted=False))
+hooks.worker_exit(server, worker)
+hooks.child_exit(server, worker)
+hooks.on_exit(server)
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_imported_before_the_fork(agent: DevAgent, slot_directory: Path) -> None:
+    """Nothing is imported later: the user of the workers may not be allowed to read the directory of the modules."""
+    environment = {
+        **os.environ,
+        "CONSUL_PROM_DIR": str(slot_directory),
+        "CONSUL_PROM_SERVICE": "shop",
+        "CONSUL_PROM_HOST": "web-1",
+        "CONSUL_HTTP_ADDR": agent.url.replace("127.0.0.1", "localhost"),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", LIFE], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        for accept in ("text/plain", "application/openmetrics-text;version=1.0.0"):
+            request = urllib.request.Request(url, headers={"Accept": accept, "Accept-Encoding": "gzip"})
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert answer.read()
+        process.stdin.write(f"{leave_slot(slot_directory, agent)}\n")
+        process.stdin.close()
+        assert process.stdout.read().split() == []
+    assert process.returncode == 0
+    assert not agent.state.services
 
 
 @pytest.mark.parametrize(
