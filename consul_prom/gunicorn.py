@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY
 
+from consul_prom import farewell
 from consul_prom.errors import SettingsError
 from consul_prom.master import Master
 from consul_prom.settings import load
@@ -121,7 +122,8 @@ def worker_abort(worker: "GunicornWorker") -> None:
         ours.hurry(MOMENT)
 
 
-def _exit(_number: int, _frame: object) -> None:
+def _exit(number: int, _frame: object) -> None:
+    farewell.die_at_exit(number)
     raise SystemExit(0)
 
 
@@ -156,7 +158,8 @@ def _preload() -> None:
     """Import what a worker would."""
     importlib.import_module("consul_prom.worker")
     importlib.import_module("consul_prom.client").preload()
-    gc.collect()  # or each worker soon would: that writes to all objects, and no page of them is shared any more
+    gc.collect()
+    gc.freeze()  # else each worker's collections, and its end above all, walk all objects and copy their pages
 
 
 _OURS: Final = (
