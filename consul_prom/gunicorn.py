@@ -39,8 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG: Final = "gunicorn.conf.py"
-QUICK: Final = 1.2
-"""Seconds of a stop, of the two that Gunicorn gives its workers when it is told a second time to end."""
+QUICK: Final = 0.7
+"""Seconds of a worker's stop, of the two that Gunicorn gives it when it is told a second time to end.
+
+The master may spend half a second more after its last worker.
+"""
 MOMENT: Final = 0.4
 """Of the one or so after a time-out."""
 

@@ -341,4 +341,8 @@ os.register_at_fork(after_in_child=Life.sharing._at_fork_reinit)  # type: ignore
 
 
 async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
-    await asyncio.wait({task}, timeout=timeout)
+    """Of one that was cancelled. Cancelled again when its time is up, it says what it leaves."""
+    try:
+        await asyncio.wait({task}, timeout=timeout)
+    finally:
+        task.cancel()
