@@ -41,17 +41,19 @@ def setup(app: web.Application, *, registry: CollectorRegistry = REGISTRY, **arg
     async def start(_app: web.Application) -> None:
         worker.start(loop=asyncio.get_running_loop())
 
-    async def leave(_app: web.Application) -> None:
-        await worker.leave()
+    async def start_leaving(_app: web.Application) -> None:
+        # Not awaited: a client that aiohttp has let in, but not served, hangs for as long as this handler takes.
+        worker.start_leaving()
 
     async def stop(_app: web.Application) -> AsyncIterator[None]:
         try:
             yield
+            await worker.leave()
         finally:  # on an abort the generator is thrown away
             worker.stop()  # has little left to do after `leave`, which an abort or a failed start skips
 
     app.on_startup.append(start)
-    app.on_shutdown.append(leave)
+    app.on_shutdown.append(start_leaving)
     app.cleanup_ctx.append(stop)
     return worker
 

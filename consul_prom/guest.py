@@ -63,6 +63,9 @@ class Guest:
         except (TimeoutError, AgentError) as error:
             tell_left_over(self._wanted.id, error)
             return False
+        except asyncio.CancelledError:
+            tell_left_over(self._wanted.id, TimeoutError())
+            raise
         finally:
             await self.give_up()
         return self._registrar.asked  # if it never asked, another's entry may be there

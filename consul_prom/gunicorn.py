@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY
 
+from consul_prom import farewell
 from consul_prom.errors import SettingsError
 from consul_prom.master import Master
 from consul_prom.settings import load
@@ -38,8 +39,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONFIG: Final = "gunicorn.conf.py"
-QUICK: Final = 1.2
-"""Seconds of a stop, of the two that Gunicorn gives its workers when it is told a second time to end."""
+QUICK: Final = 0.7
+"""Seconds of a worker's stop, of the two that Gunicorn gives it when it is told a second time to end.
+
+The master may spend half a second more after its last worker.
+"""
 MOMENT: Final = 0.4
 """Of the one or so after a time-out."""
 
@@ -60,13 +64,19 @@ def on_starting(server: "Arbiter") -> None:
     _Ours.masters[server] = Master(uid=server.cfg.uid, gid=server.cfg.gid)
 
 
+def _master(server: "Arbiter") -> Master | None:
+    """What belongs to the master, in the master: each process forked from it has a copy, and may run its hooks."""
+    master = _Ours.masters.get(server)
+    return master if master and master.mine else None
+
+
 def nworkers_changed(server: "Arbiter", new_value: int, _old_value: int | None) -> None:
-    if master := _Ours.masters.get(server):
+    if master := _master(server):
         master.workers(wanted=new_value, alive=len(server.WORKERS))
 
 
 def pre_fork(server: "Arbiter", _worker: "GunicornWorker") -> None:
-    if master := _Ours.masters.get(server):
+    if master := _master(server):
         master.workers(wanted=server.num_workers, alive=len(server.WORKERS) + 1)
 
 
@@ -115,7 +125,8 @@ def worker_abort(worker: "GunicornWorker") -> None:
         ours.hurry(MOMENT)
 
 
-def _exit(_number: int, _frame: object) -> None:
+def _exit(number: int, _frame: object) -> None:
+    farewell.die_at_exit(number)
     raise SystemExit(0)
 
 
@@ -132,7 +143,7 @@ def worker_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
 
 def child_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
     """In the master, after any end of a worker."""
-    if master := _Ours.masters.get(server):
+    if master := _master(server):
         alive, wanted = len(server.WORKERS), server.num_workers
         short = bool(server.cfg.max_requests and server.LISTENERS) and alive < wanted
         master.workers(wanted=wanted, alive=alive)
@@ -141,7 +152,8 @@ def child_exit(server: "Arbiter", worker: "GunicornWorker") -> None:
 
 def on_exit(server: "Arbiter") -> None:
     """In the master, after all workers were stopped; what had to be killed is not waited for by Gunicorn."""
-    if master := _Ours.masters.pop(server, None):
+    if master := _master(server):
+        del _Ours.masters[server]
         master.stop(dying=lambda: any(map(process_identity, server.WORKERS)))
 
 
@@ -149,7 +161,8 @@ def _preload() -> None:
     """Import what a worker would."""
     importlib.import_module("consul_prom.worker")
     importlib.import_module("consul_prom.client").preload()
-    gc.collect()  # or each worker soon would: that writes to all objects, and no page of them is shared any more
+    gc.collect()
+    gc.freeze()  # else each worker's collections, and its end above all, walk all objects and copy their pages
 
 
 _OURS: Final = (

@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Coroutine
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, suppress
 from typing import Any, ClassVar, Final
@@ -61,6 +60,7 @@ class Life:
         self._client: AgentClient | None = None
         self._endpoint: Endpoint | None = None
         self._ends_at: float | None = None
+        self._leaving: Future[None] | None = None
         self._stop_timeout = settings.stop_timeout
         self._probes: list[Future[Any]] = []
         self._signals = Signals()
@@ -86,8 +86,8 @@ class Life:
         life = cls.of_registry.get(registry)
         if life and not life.mine:
             life.disown()
-        elif life and life.tenancy.left:
-            life.stop()  # on its way out: it would not register again
+        elif life and life.leaving:
+            life.stop()
             life = None
         if life is None or not life.mine:
             life = cls.of_registry[registry] = cls(settings, registry)
@@ -167,9 +167,21 @@ class Life:
         if loop:
             self._probes.append(self.thread.spawn(self._metrics.probe(loop)))
 
-    async def leave_in_thread(self) -> None:
-        with suppress(EndpointError):
-            leaving = asyncio.wrap_future(self.thread.spawn(self.leave(self._remaining())))
+    @property
+    def leaving(self) -> bool:
+        """Whether it is on its way out, and would not register again."""
+        return self._leaving is not None or self.tenancy.left
+
+    def start_leaving(self) -> None:
+        """In the metrics thread, which takes less time than there is."""
+        if not self.leaving:
+            with suppress(EndpointError):
+                self._leaving = self.thread.spawn(self.leave(0.9 * self._remaining()))
+
+    async def wait_until_left(self) -> None:
+        """Without blocking the caller's loop."""
+        if self._leaving:
+            leaving = asyncio.wrap_future(self._leaving)
             while (await asyncio.wait({leaving}, timeout=LEAST))[1] and self._remaining() > LEAST:
                 pass  # `hurry` may come meanwhile
             leaving.cancel()
@@ -185,11 +197,13 @@ class Life:
             del self.of_registry[self._registry]
         for probe in self._probes:
             probe.cancel()
-        if not self.tenancy.left:
-            self._within(self.leave(0.9 * self._remaining()))  # so that it has ended when the wait for it ends
+        self.start_leaving()
+        if self._leaving:
+            self._wait_for(self._leaving)
         if not self.tenancy.left:
             self.leave_now(self._remaining())
-        self._within(self.close())
+        with suppress(EndpointError):
+            self._wait_for(self.thread.spawn(self.close()))
         if not self.thread.stop(self._remaining()):
             log.warning("the metrics thread of %s did not end within CONSUL_PROM_STOP_TIMEOUT", self.tenancy.instance)
         if not farewell.dying():
@@ -200,12 +214,10 @@ class Life:
         self._ends_at = self._ends_at or time.monotonic() + self._stop_timeout
         return max(self._ends_at - time.monotonic(), LEAST)
 
-    def _within(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        with suppress(EndpointError):
-            doing = self.thread.spawn(coroutine)
-            while wait([doing], LEAST).not_done and self._remaining() > LEAST:
-                pass  # `hurry` may come meanwhile
-            doing.cancel()
+    def _wait_for(self, doing: Future[None]) -> None:
+        while wait([doing], LEAST).not_done and self._remaining() > LEAST:
+            pass  # `hurry` may come meanwhile
+        doing.cancel()
 
     def listen(self, address: str | None) -> None:
         self._site.settle(address)
@@ -341,4 +353,8 @@ os.register_at_fork(after_in_child=Life.sharing._at_fork_reinit)  # type: ignore
 
 
 async def _end_of(task: asyncio.Task[None], timeout: float) -> None:
-    await asyncio.wait({task}, timeout=timeout)
+    """Of one that was cancelled. Cancelled again when its time is up, it says what it leaves."""
+    try:
+        await asyncio.wait({task}, timeout=timeout)
+    finally:
+        task.cancel()

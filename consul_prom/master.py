@@ -3,6 +3,7 @@
 No thread, no socket that stays, no lock that stays: workers are forked from it. Nothing here raises.
 """
 
+import encodings.ascii  # noqa: F401  # else first used as the workers' user, who may not read where modules are
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ class Master:
     """One master process. *uid* and *gid* are its workers': what it does to their files, it does as they."""
 
     def __init__(self, *, uid: int, gid: int) -> None:
+        self._pid = os.getpid()
         self._uid = uid
         self._gid = gid
         self._tally: Tally | None = None
@@ -38,6 +40,11 @@ class Master:
                 log.warning(
                     "CONSUL_PROM_SERVICE is not set: only workers whose application calls consul_prom.setup are served"
                 )
+
+    @property
+    def mine(self) -> bool:
+        """False in a process that was forked from the master."""
+        return self._pid == os.getpid()
 
     def workers(self, *, wanted: int, alive: int) -> None:
         if self._tally:

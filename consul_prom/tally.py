@@ -67,11 +67,10 @@ class Tally(logging.Filter):
         self._write()
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if os.getpid() == self._pid:
-            self._lines[_level(record)] += 1
-            self._note_ending(record)
-            if threading.current_thread() is threading.main_thread():  # others' lines wait for its next
-                self._write()
+        self._lines[_level(record)] += 1
+        self._note_ending(record)
+        if threading.current_thread() is threading.main_thread():  # others' lines wait for its next
+            self._write()
         return True
 
     def exited(self, pid: int | str, *, timeout: bool, left: bool) -> None:
@@ -83,6 +82,8 @@ class Tally(logging.Filter):
 
     def close(self) -> None:
         """There is no such master any more."""
+        if os.getpid() != self._pid:
+            return
         with suppress(OSError), self._writing():
             self._path.unlink(missing_ok=True)
 
@@ -99,7 +100,9 @@ class Tally(logging.Filter):
                 self._endings[pid] = "error"
 
     def _write(self) -> None:
-        """A full disk keeps nobody from serving: then the page is an old one."""
+        """A full disk keeps nobody from serving: then the page is an old one. Does nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
         tally = {
             "pid": self._pid,
             "proc": slots.process_identity(self._pid),

@@ -131,8 +131,8 @@ class Worker:
         if self._required:
             self._await_registration(self._life, self._settings.start_timeout)
 
-    async def leave(self) -> None:
-        """Deregister within STOP_TIMEOUT, without blocking the caller's loop; the endpoint goes on until `stop`.
+    def start_leaving(self) -> None:
+        """Deregister while the caller goes on. `stop` waits for it; the endpoint serves until then.
 
         Where `stop` will linger, that is left to it.
         """
@@ -140,7 +140,13 @@ class Worker:
             self._left = True
             self._life.leavers += 1
             if self._life.leavers == self._life.users:
-                await self._life.leave_in_thread()
+                self._life.start_leaving()
+
+    async def leave(self) -> None:
+        """The same, and wait for it, within STOP_TIMEOUT and without blocking the caller's loop."""
+        self.start_leaving()
+        if self._life and self._life.mine:
+            await self._life.wait_until_left()
 
     def hurry(self, seconds: float) -> None:
         """Let a stop, also one that is under way, take *seconds* at most, where STOP_TIMEOUT is more."""

@@ -702,6 +702,7 @@ class TestLife:
         worker = setup(app, **{**arguments, "consul_http_addr": agent.address})
 
         async def look(_app: web.Application) -> None:
+            await eventually(lambda: not self._ids(agent), within=DEADLINE, what="the entry gone")
             async with aiohttp.ClientSession() as session, session.get(worker.url or "") as page:
                 seen.append((self._ids(agent), page.status))
 
@@ -709,6 +710,24 @@ class TestLife:
         async with serve(app):
             await eventually(lambda: worker.registered, within=DEADLINE, what="it is registered")
         assert seen == [([], 200)]
+
+    async def test_shutdown_is_not_held_up(
+        self, serve: Serve, arguments: Arguments, agent: DevAgent, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The application's shutdown goes on while the worker is deregistered, and ends when it is."""
+        app = _app()
+        worker = setup(app, **{**arguments, "consul_http_addr": agent.address, "stop_timeout": 100})
+
+        async def mend(_app: web.Application) -> None:
+            agent.fault = None
+
+        app.on_shutdown.append(mend)
+        async with asyncio.timeout(DEADLINE):
+            async with serve(app):
+                await eventually(lambda: worker.registered, within=DEADLINE, what="it is registered")
+                agent.fault = Fault(status=500)
+        assert self._ids(agent) == []
+        assert "may still be registered" not in caplog.text
 
     async def test_failed_start(self, serve: Serve, arguments: Arguments, agent: DevAgent) -> None:
         """An application whose own start fails leaves no entry and no slot, thanks to the clean-up context."""

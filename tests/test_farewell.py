@@ -63,6 +63,28 @@ def test_end_of_python(run: Run) -> None:
     assert rest(run("farewell.expect(stop)")) == (0, "begun\nsaid\n")
 
 
+def test_dies_at_exit(run: Run) -> None:
+    """A process may die of a signal where Python would exit: after all is said and the application's own exit hooks."""
+    script = """
+import atexit
+farewell.expect(stop)
+farewell.die_at_exit(signal.SIGINT)
+atexit.register(tell, "application")
+"""
+    assert rest(run(script)) == (-signal.SIGINT, "application\nbegun\nsaid\n")
+
+
+def test_child_exits(run: Run) -> None:
+    """A forked child exits as Python does, whatever its parent dies of."""
+    script = """
+farewell.die_at_exit(signal.SIGTERM)
+child = os.fork()
+if child:
+    tell(os.waitpid(child, 0)[1])
+"""
+    assert rest(run(script)) == (-signal.SIGTERM, "0\n")
+
+
 def test_several(run: Run) -> None:
     """Each worker of a process says its own."""
     script = """

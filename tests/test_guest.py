@@ -162,6 +162,22 @@ async def test_hanging_agent(agent: DevAgent, host: Host, caplog: pytest.LogCapt
     assert await refused(port)
 
 
+async def test_cancelled(agent: DevAgent, host: Host, caplog: pytest.LogCaptureFixture) -> None:
+    """A retirement that is cancelled, since its worker has no more time, says what is left."""
+    guest, port = await host.receive()
+    await registered(agent, port)
+    agent.fault = Fault(hang=True)
+    retiring = asyncio.create_task(guest.retire(20))
+    await asyncio.sleep(0)
+    retiring.cancel()
+    await asyncio.wait({retiring}, timeout=10)
+    assert retiring.cancelled()
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "shop.web-1.master may still be registered"
+    ]
+    agent.fault = None
+
+
 async def test_never_asked(agent: DevAgent, host: Host) -> None:
     """What never reached the agent does not say that there is no entry."""
     put_entry = asyncio.to_thread(put, agent, "shop.web-1.master", meta(slot="master", instance="web-1:master"))

@@ -1,17 +1,25 @@
 """Gunicorn's hooks, and how they live beside the user's own; what they do is shown on the real Gunicorn in e2e."""
 
-import gc
 import importlib
+import os
+import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from gunicorn.config import Config
 
 import consul_prom
 from consul_prom import gunicorn as hooks
+from consul_prom.devagent import DevAgent
+from consul_prom.master import Master
+from consul_prom.tally import Masters
+from tests.forking import in_child
+from tests.test_undertaker import leave_slot
 
 NAMES = {ours.__name__ for ours in hooks._OURS}
 
@@ -102,12 +110,63 @@ def test_install_twice() -> None:
     assert namespace["on_exit"] is hooks.on_exit
 
 
-def test_collected_before_the_fork() -> None:
-    """What the master has imported is collected by the master: a worker that did it would share no page with others."""
-    hooks._preload()  # from here on all is imported
-    before = gc.get_stats()[2]["collections"]
-    hooks._preload()
-    assert gc.get_stats()[2]["collections"] == before + 1
+def test_frozen_before_the_fork() -> None:
+    """A worker's garbage collections, also the one at its end, skip what the master has imported."""
+    script = "import gc; from consul_prom import gunicorn as hooks; hooks._preload(); print(len(gc.get_objects()))"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(process.stdout) < 1000
+
+
+LIFE = """
+import os, sys
+from unittest.mock import Mock
+from gunicorn.config import Config
+from consul_prom import gunicorn as hooks
+config = Config()
+for ours in hooks._OURS:
+    config.set(ours.__name__, ours)
+server, worker = Mock(WORKERS={}, num_workers=1, cfg=config), Mock(pid=os.getpid(), cfg=config)
+hooks._preload()
+before = set(sys.modules)
+hooks.on_starting(server)
+hooks.pre_fork(server, worker)
+hooks.post_worker_init(worker)
+ours = hooks._Ours.workers[worker]
+while not ours.registered:
+    pass
+print(ours.url, flush=True)
+hooks.child_exit(server, Mock(pid=int(sys.stdin.readline()), aborted=False))
+hooks.worker_exit(server, worker)
+hooks.child_exit(server, worker)
+hooks.on_exit(server)
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_imported_before_the_fork(agent: DevAgent, slot_directory: Path) -> None:
+    """Nothing is imported later: the user of the workers may not be allowed to read the directory of the modules."""
+    environment = {
+        **os.environ,
+        "CONSUL_PROM_DIR": str(slot_directory),
+        "CONSUL_PROM_SERVICE": "shop",
+        "CONSUL_PROM_HOST": "web-1",
+        "CONSUL_HTTP_ADDR": agent.url.replace("127.0.0.1", "localhost"),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", LIFE], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        url = process.stdout.readline().strip()
+        for accept in ("text/plain", "application/openmetrics-text;version=1.0.0"):
+            request = urllib.request.Request(url, headers={"Accept": accept, "Accept-Encoding": "gzip"})
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                assert answer.read()
+        process.stdin.write(f"{leave_slot(slot_directory, agent)}\n")
+        process.stdin.close()
+        assert process.stdout.read().split() == []
+    assert process.returncode == 0
+    assert not agent.state.services
 
 
 @pytest.mark.parametrize(
@@ -127,6 +186,25 @@ def test_replaced(caplog: pytest.LogCaptureFixture, replaced: tuple[str, ...], t
         config.settings[name].value = hook
     hooks._look_for_others(config)
     assert [record.getMessage().partition("gunicorn.conf.py: ")[2] for record in caplog.records] == [told] * bool(told)
+
+
+@pytest.mark.parametrize("name", ["pre_fork", "nworkers_changed", "worker_exit", "child_exit", "on_exit"])
+def test_forked_by_a_worker(slot_directory: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A hook that runs in a child which a worker has forked leaves the master's statistics alone."""
+    monkeypatch.setenv("CONSUL_PROM_DIR", str(slot_directory))
+    monkeypatch.setenv("CONSUL_PROM_SERVICE", "shop")
+    server, worker = Mock(num_workers=2, WORKERS={}), Mock(pid=os.getppid(), aborted=False)
+    server.cfg.max_requests = 0
+    master = hooks._Ours.masters[server] = Master(uid=os.geteuid(), gid=os.getegid())
+    try:
+        master.workers(wanted=2, alive=2)
+        before = Masters(slot_directory, "shop").living()
+        arguments = {"nworkers_changed": (server, 0, 2), "on_exit": (server,)}.get(name, (server, worker))
+        in_child(lambda: vars(hooks)[name](*arguments))
+        assert Masters(slot_directory, "shop").living() == before
+    finally:
+        hooks.on_exit(server)
+    assert not Masters(slot_directory, "shop").living(), "the master itself still acts"
 
 
 def test_hook_by_name() -> None:

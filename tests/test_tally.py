@@ -2,9 +2,8 @@
 
 import json
 import logging
-import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, generate_latest
 
 from consul_prom import slots
 from consul_prom.tally import LogLines, Masters, Tally
+from tests.forking import in_child
 
 
 def samples(directory: Path) -> dict[str, float]:
@@ -100,12 +100,26 @@ def test_odd_records(slot_directory: Path, message: Any) -> None:
 def test_forked_worker(slot_directory: Path) -> None:
     """A worker inherits the filter, and what it logs is not the master's."""
     tally = Tally(slot_directory, "shop")
-    child = os.fork()
-    if not child:
-        tally.filter(record("a worker's"))
-        os._exit(0)
-    os.waitpid(child, 0)
+    in_child(lambda: tally.filter(record("a worker's")))
     assert not samples(slot_directory)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda tally: tally.workers(wanted=0, alive=0),
+        lambda tally: tally.exited(11, timeout=False, left=False),
+        lambda tally: tally.close(),
+    ],
+    ids=["workers", "exited", "close"],
+)
+def test_forked_child(slot_directory: Path, act: Callable[[Tally], None]) -> None:
+    """A forked child neither writes nor removes the file, which is the master's."""
+    tally = Tally(slot_directory, "shop")
+    tally.workers(wanted=2, alive=2)
+    before = samples(slot_directory)
+    in_child(lambda: act(tally))
+    assert samples(slot_directory) == before
 
 
 def test_two_masters(slot_directory: Path) -> None:

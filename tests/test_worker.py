@@ -32,6 +32,7 @@ from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
 from consul_prom.ledger import Ledger
 from consul_prom.life import Life
+from consul_prom.tally import Tally
 from consul_prom.worker import Worker
 from tests.services.program import own_address
 from tests.services.waiting import wait_until
@@ -576,6 +577,23 @@ class TestAgentTrouble:
         assert left_over(caplog)
         hurrying.join()
         agent.fault = None
+
+    def test_hurry_of_the_leader(
+        self, agent: DevAgent, make: Make, directory: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A stop with less time than STOP_TIMEOUT says of the master's entry too that it may be left."""
+        slots.prepare(directory)
+        tally = Tally(directory, "shop")
+        worker = make(stop_timeout=100)
+        worker.start()
+        wait_until(lambda: len(agent.state.services) == 2, within=20, what="the worker's and the master's entry")
+        agent.fault = Fault(hang=True)
+        worker.hurry(0.5)
+        worker.stop()
+        wait_until(lambda: len(left_over(caplog)) == 2, within=20, what="both told")
+        assert any("shop.web-1.master may still be registered" in line for line in left_over(caplog))
+        agent.fault = None
+        tally.close()
 
     async def test_hurry_while_it_leaves(self, agent: DevAgent, make: Make) -> None:
         """The same for a stop that begins in the application's loop."""

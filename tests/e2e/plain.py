@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,6 +47,12 @@ async def aiohttp_app() -> web.Application:
 
 
 def wsgi(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    if environ["PATH_INFO"] == "/fork":
+        child = os.fork()
+        if not child:
+            sys.exit(0)  # Gunicorn answers 500, and ends the child as if it were a worker
+        os.waitpid(child, 0)
+        print("the forked child has ended", file=sys.stderr, flush=True)
     seconds = parse_qs(environ.get("QUERY_STRING", "")).get("seconds")
     if seconds:
         time.sleep(float(seconds[0]))

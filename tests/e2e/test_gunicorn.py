@@ -194,6 +194,18 @@ def test_configuration_file(consul: Consul, *, installed: bool) -> None:
         assert {int(pid) for pid in (shop.directory / "exits").read_text().split()} == workers
 
 
+def test_forked_child(consul: Consul) -> None:
+    """A child that a worker forks, and that ends through Gunicorn's code, changes nothing on the master's page."""
+    exits = 'gunicorn_worker_exits_total{master="0",reason="stop",signal=""} '
+    with server(consul, *MODELS["sync"]) as shop:
+        wait_until(lambda: settled(consul, shop), within=DEADLINE, what="the entries")
+        wait_until(lambda: shows(consul, 'gunicorn_workers{master="0"} 2.0'), within=DEADLINE, what="the page")
+        shop.call("/fork")
+        wait_until(lambda: "forked child has ended" in shop.log.read_text(), within=DEADLINE, what="the child's end")
+        assert shows(consul, 'gunicorn_workers{master="0"} 2.0', exits + "0.0")
+        assert settled(consul, shop)
+
+
 @pytest.mark.parametrize("name", ["on_starting", "post_worker_init", "worker_exit"])
 def test_installed_first(consul: Consul, name: str) -> None:
     """A hook that a later line replaces is told of, and the entries are gone all the same when the server ends."""
