@@ -6,6 +6,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -274,22 +275,56 @@ class TestSpace:
     @pytest.mark.parametrize("call", ["open", "ftruncate", "posix_fallocate", "replace"])
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
     def test_no_take_over(self, path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A take-over that cannot write leaves nothing that a later worker would continue from below what is shown."""
-        count(take_over(path), HITS, "/")
+        """Where no ledger can be written and none continued, counters live in memory, and no file is left."""
+        count(take_over(path, boot="b0"), HITS, "/")
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
-        real = getattr(os, call)
-
-        def failing(*arguments: Any) -> Any:
-            if call == "open" and not arguments[1] & os.O_CREAT:
-                return real(*arguments)
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(os, call, failing)
+        monkeypatch.setattr(os, call, _unwritable(call, number))
         with pytest.raises(LedgerError, match=os.strerror(number)):
             take_over(path)
         monkeypatch.undo()
         assert list(path.parent.iterdir()) == []
         assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+    @pytest.mark.parametrize("call", ["open", "posix_fallocate", "replace"])
+    @pytest.mark.parametrize("torn", [False, True])
+    def test_take_over_on_a_full_disk(
+        self, path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, torn: bool
+    ) -> None:
+        """Where a copy cannot be written, the old file is continued as it is, with a WARNING that says why."""
+        book = take_over(path)
+        book.port = 8000
+        book.scraped(NOW)
+        count(book, HITS, "/", value=3)
+        count(book, SECONDS, value=0.25)
+        count(book, HITS, "/more")
+        book.drop(count(book, HITS, "/gone"))
+        unused = count(book, HITS, "/unused")
+        book.cells[unused + ledger.USED] = NOW - KEEP - 1
+        if torn:
+            book._bytes[book._end : book._end + 100] = b"x" * 100
+        monkeypatch.setattr(os, call, _unwritable(call, errno.ENOSPC))
+        again = take_over(path, now=NOW + 9)
+        assert [path.name] == [file.name for file in path.parent.iterdir()]
+        assert again.inherited[HITS].keys() == {("/",), ("/more",)}
+        assert found(path)["hits", "/"].used == NOW + 9
+        assert again.port == 8000
+        assert "continued without being compacted, its copy cannot be written: No space left on device" in caplog.text
+        count(again, HITS, "/")
+        with suppress(LedgerError):  # is there space?
+            count(again, HITS, "/new")
+        monkeypatch.undo()
+        again._retry_at = 0.0
+        count(again, HITS, "/later", value=5)
+        count(again, Family("summary", "sizes"), value=2)
+        take_over(path)
+        assert {**totals(path), ("hits", "/new"): 1} == {
+            ("hits", "/"): 4,
+            ("hits", "/more"): 1,
+            ("seconds",): 0.25,
+            ("hits", "/later"): 5,
+            ("hits", "/new"): 1,
+            ("sizes",): 2,
+        }
 
     def test_full(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A ledger that is as large as its mapping takes no more series."""
@@ -359,6 +394,18 @@ class TestSpace:
         monkeypatch.setattr(Ledger, "_write", interrupted)
         count(book, HITS, "/", value=3)
         assert totals(path) == {("hits", "/"): 3, ("seconds",): 7}
+
+
+def _unwritable(call: str, number: int) -> Callable[..., Any]:
+    """The *call* of os, which fails where it would make something new."""
+    real = getattr(os, call)
+
+    def failing(*arguments: Any) -> Any:
+        if call == "open" and not arguments[1] & os.O_CREAT:
+            return real(*arguments)
+        raise OSError(number, os.strerror(number))
+
+    return failing
 
 
 def _failing(number: int) -> Callable[..., None]:
