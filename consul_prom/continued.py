@@ -23,6 +23,7 @@ from consul_prom.cells import CellValue, check_library, move, note_parent, plain
 from consul_prom.errors import LedgerError
 from consul_prom.ledger import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
 from consul_prom.sparing import SparingLog
+from consul_prom.thread import FORKING
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,8 @@ class ContinuedRegistry:
         _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
         for collector in list(registry._collector_to_names):
-            self._try_enter(collector)
+            with FORKING:
+                self._try_enter(collector)
 
     def collect(self) -> Iterator[Metric]:
         """The page: totals, a family's inherited series last in it, families that nobody registered last of all."""
@@ -193,8 +195,6 @@ class ContinuedRegistry:
             bound.leave(stays=True, locked=locked)
         if locked:
             self._ledger.close()
-        else:
-            self._ledger.abandon()
 
     def _page(self, wanted: Callable[[list[str]], bool]) -> Iterator[Metric]:
         target_info, collectors = self.collectors(wanted)

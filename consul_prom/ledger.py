@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from weakref import WeakSet
 
 from consul_prom.errors import LedgerError
 
@@ -138,6 +139,9 @@ class Contents:
     end: int
 
 
+_OPEN: Final[WeakSet["Ledger"]] = WeakSet()
+
+
 class Ledger:
     """A slot's ledger, ours for as long as we hold the slot.
 
@@ -154,6 +158,7 @@ class Ledger:
         except OSError:
             self.close()
             raise
+        _OPEN.add(self)
         self._end = self._allocated = self._state = 0
         self._shown = 0
         self._zeroing = False
@@ -284,6 +289,7 @@ class Ledger:
 
     def close(self) -> None:
         """Room is no longer to be had. The mapping stays for as long as somebody counts in it."""
+        _OPEN.discard(self)
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -339,6 +345,14 @@ class Ledger:
         finally:
             self._zeroing = False
         self._allocated = max(self._allocated, end)
+
+
+def _after_fork_in_child() -> None:
+    for ledger in list(_OPEN):
+        ledger.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def read(path: Path) -> Contents | None:

@@ -75,6 +75,21 @@ class TestTakeOver:
         take_over(path)
         assert totals(path)["hits", "/"] == 4
 
+    def test_forked_child(self, path: Path) -> None:
+        """A forked child has no descriptor of the ledger, whoever has it: its file may be removed meanwhile."""
+        book = take_over(path)
+        seen = os.fstat(book._descriptor)
+        pid = os.fork()
+        if not pid:
+            held = 0
+            for entry in Path("/dev/fd").iterdir():
+                with suppress(OSError):
+                    held += os.path.samestat(os.fstat(int(entry.name)), seen)
+            os._exit(held)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        count(book, HITS, "/")
+        assert totals(path) == {("hits", "/"): 1}
+
     def test_later_one_wins(self, path: Path) -> None:
         """Of a series that was removed and born again, the newborn is continued."""
         book = take_over(path)
