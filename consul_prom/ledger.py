@@ -245,9 +245,10 @@ class Ledger:
 
         Raises:
             LedgerError: there is no room.
+            UnicodeEncodeError: a label is not valid UTF-8, so that no page could show the series.
         """
         known = self._families.get(family) or self.introduce(family)
-        payload = known.number + _BETWEEN.join([label.encode("utf-8", "surrogatepass") for label in labels])
+        payload = known.number + _BETWEEN.join([label.encode() for label in labels])
         numbers = struct.pack(f"={len(values)}d", *values) if values else known.zeros
         record = _record(_SERIES, payload, _TIMES.pack(used, created) + numbers)
         return (self._write(record) + len(record) - len(numbers)) // 8 - VALUES
@@ -491,8 +492,8 @@ def _parse(data: mmap.mmap) -> Contents:
             family = families[_NUMBER.unpack_from(payload)[0]]
             texts = payload[_NUMBER.size :].split(_BETWEEN) if family.labelnames else ()
             if cells[USED] > 0:  # what was removed and born again stands further on
-                labels = tuple([text.decode("utf-8", "surrogatepass") for text in texts])
-                found[family, labels] = end // 8 - len(cells), cells
+                with suppress(UnicodeDecodeError):  # no page can show it; an earlier version of ours wrote it
+                    found[family, tuple([text.decode() for text in texts])] = end // 8 - len(cells), cells
     latest_of = {family: replace(family, documentation=text) for family, text in helps.items()}
     series = [
         Series(latest_of[family], labels, cells[USED], cells[CREATED], cells[VALUES:], cell)

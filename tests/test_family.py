@@ -726,6 +726,24 @@ class TestContinued:
         assert page.count(b"# HELP reqs") == 1
         assert b"gone_total 1.0\n" in page
 
+    def test_label_that_cannot_be_encoded(self, registry: CollectorRegistry, path: Path) -> None:
+        """A series with such a label is counted in memory, and neither its slot's ledger nor any page has it."""
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        self._continue(registry, path)
+        for label in ("a", "\udcff", "b"):
+            counter.labels(label).inc()
+        assert counter.labels("\udcff")._value.get() == 1
+        contents = read(path)
+        assert contents
+        assert [series.labels for series in contents.series] == [("a",), ("b",)]
+        again = CollectorRegistry()
+        continued = self._continue(again, path)
+        Counter("reqs", "-", ["x"], registry=again).labels("\udcff").inc()
+        assert re.findall(rb'reqs_total{x="(.*)"} (.*)', render(continued, accept=OPEN).body) == [
+            (b"a", b"1.0"),
+            (b"b", b"1.0"),
+        ]
+
     def test_suffix_that_is_twice_there(self, registry: CollectorRegistry, path: Path) -> None:
         """A name may end in what the library takes from names."""
         counter = Counter("reqs_total_total", "-", ["x"], registry=registry)

@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from consul_prom.ledger import IN_USE, KEEP, MOST_UNUSED, SIZE, STEP, VALUES, Fa
 
 HITS = Family("counter", "hits", ("route",), documentation="Hits.")
 SECONDS = Family("histogram", "seconds", (), (0.5, float("inf")), unit="")
-ODD = ("é", "", "\0", "\udcff", "ÿ\n", "🦜")
+ODD = ("é", "", "\0", "\x7f", "ÿ\n", "🦜")
 NOW = 1_000_000.0
 
 
@@ -74,6 +75,22 @@ class TestTakeOver:
         count(again, HITS, "/")
         take_over(path)
         assert totals(path)["hits", "/"] == 4
+
+    def test_label_that_is_no_text(self, path: Path) -> None:
+        """A series of a label that UTF-8 cannot encode is not stored, and not continued where it was stored once."""
+        book = take_over(path)
+        with pytest.raises(UnicodeEncodeError):
+            count(book, HITS, "\udcff")
+        count(book, HITS, "?")
+        count(book, HITS, "/")
+        place = bytes(book._bytes[: book._end]).index(b"?")
+        start = place - ledger._NUMBER.size - ledger._SUMMED.size - ledger._START.size
+        book._bytes[place : place + 1] = b"\xed"  # as a lone surrogate begins
+        summed = bytes(book._bytes[start + ledger._START.size : place + 1])
+        size, _ = ledger._START.unpack_from(book._bytes, start)
+        book._bytes[start : start + ledger._START.size] = ledger._START.pack(size, zlib.crc32(summed))
+        assert totals(path) == {("hits", "/"): 1}
+        assert take_over(path).inherited[HITS].keys() == {("/",)}
 
     def test_forked_child(self, path: Path) -> None:
         """A forked child has no descriptor of the ledger, whoever has it: its file may be removed meanwhile."""
