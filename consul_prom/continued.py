@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, Final
 from weakref import WeakSet
@@ -22,7 +22,9 @@ from prometheus_client.registry import Collector
 from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
 from consul_prom.errors import LedgerError
 from consul_prom.ledger import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
+from consul_prom.source import Listed, names_in
 from consul_prom.sparing import SparingLog
+from consul_prom.thread import FORKING
 
 log = logging.getLogger(__name__)
 
@@ -60,16 +62,29 @@ class ContinuedRegistry:
         _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
         for collector in list(registry._collector_to_names):
-            self._try_enter(collector)
+            with FORKING:
+                self._try_enter(collector)
 
     def collect(self) -> Iterator[Metric]:
         """The page: totals, a family's inherited series last in it, families that nobody registered last of all."""
         return self._page(lambda _names: True)
 
-    def collectors(
-        self, wanted: Callable[[list[str]], bool] = lambda _names: True
-    ) -> tuple[Metric | None, list[Collector]]:
-        """The target's information, and whose names are *wanted*, in the order of the page; the orphans are the last.
+    @property
+    def shows_nameless(self) -> bool:
+        """Whether a page of some names has collectors that have registered no name."""
+        return getattr(self._registry, "_support_collectors_without_names", False)  # the library's since 0.25
+
+    def kind(self, name: str) -> type | None:
+        """The class of the collector, or of the orphan, that has *name*."""
+        registry: Any = self._registry
+        collector = registry._names_to_collectors.get(name)
+        if collector:
+            return type(collector)
+        kinds = (_KINDS[family.kind] for family in list(self._ledger.inherited) if name in _names(family))
+        return next(kinds, None)
+
+    def collectors(self) -> Listed:
+        """All that the page has.
 
         Orphans are unregistered metrics of the library, one for each family that nobody has registered and whose
         names no collector has taken.
@@ -77,12 +92,13 @@ class ContinuedRegistry:
         orphans = self._orphans()  # first: one that is registered meanwhile is on the page as what it is then
         registry: Any = self._registry
         with registry._lock:
-            found = [one for one, names in registry._collector_to_names.items() if wanted(names)]
+            found = dict(registry._collector_to_names)
             taken = set(registry._names_to_collectors)
             target_info = registry._target_info_metric() if registry._target_info else None
         for collector in found:
             self._try_enter(collector)  # where it was registered a moment ago
-        return target_info, found + [shadow for family, shadow in orphans if taken.isdisjoint(_names(family))]
+        rest = {shadow: _names(family) for family, shadow in orphans if taken.isdisjoint(_names(family))}
+        return Listed(target_info, found, rest)
 
     def families(self, collector: Any) -> Iterable[Metric]:
         """What the page has of one of `collectors`, by the library's own code."""
@@ -141,6 +157,8 @@ class ContinuedRegistry:
                 return cell
             try:
                 return self._ledger.bear(bound.family, labels, created=created)
+            except UnicodeEncodeError:  # which the page leaves out, and says so
+                return None
             except LedgerError as error:
                 self.note(
                     f"new series of {bound.family.name} are counted in memory only, the ledger takes no more: {error} "
@@ -193,15 +211,20 @@ class ContinuedRegistry:
             bound.leave(stays=True, locked=locked)
         if locked:
             self._ledger.close()
-        else:
-            self._ledger.abandon()
 
-    def _page(self, wanted: Callable[[list[str]], bool]) -> Iterator[Metric]:
-        target_info, collectors = self.collectors(wanted)
+    def _page(self, wanted: Callable[[Sequence[str]], bool]) -> Iterator[Metric]:
+        target_info, collectors, orphans = self.collectors()
+        taken: set[str] = set()
         if target_info:
             yield target_info
-        for collector in collectors:
-            yield from self.families(collector)
+        for collector, names in collectors.items():
+            if wanted(names):
+                found = list(self.families(collector))
+                taken |= names_in(found) if orphans and not names else set()
+                yield from found
+        for shadow, names in orphans.items():
+            if wanted(names) and taken.isdisjoint(names):
+                yield from self.families(shadow)
 
     def _orphans(self) -> list[tuple[Family, Any]]:
         ours = {bound.family for bound in list(self._bound.values())}
@@ -272,7 +295,7 @@ class _Restricted:
         self._names = names
 
     def collect(self) -> Iterator[Metric]:
-        nameless = getattr(self._source._registry, "_support_collectors_without_names", False)  # since 0.25
+        nameless = self._source.shows_nameless
         for family in self._source._page(lambda names: bool(self._names & set(names)) or (nameless and not names)):
             restricted: Metric | None = family._restricted_metric(self._names)  # type: ignore[no-untyped-call]
             if restricted:

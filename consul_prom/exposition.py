@@ -3,7 +3,8 @@
 import logging
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric
@@ -11,9 +12,10 @@ from prometheus_client import exposition as text
 from prometheus_client.registry import Collector
 
 from consul_prom.continued import ContinuedRegistry
-from consul_prom.family import Encode, Family
+from consul_prom.family import Encode, Family, is_encodable
 from consul_prom.kinds import FAMILIES, is_known, known
-from consul_prom.source import Only, Plain, Source
+from consul_prom.source import Only, Plain, Source, names_in
+from consul_prom.sparing import SparingLog
 
 try:  # the extra `isal`: a quarter of zlib's time
     from isal.isal_zlib import compress
@@ -40,6 +42,17 @@ class Format(NamedTuple):
         return self.content_type.startswith(_OPENMETRICS)
 
 
+class Asked(NamedTuple):
+    """What a request asks for: headers and *pieces* of the page, of which no two differ with equal headers and names.
+
+    `names` are those that `name[]` chose and that make a difference; None where the page is whole.
+    """
+
+    headers: Mapping[str, str]
+    names: frozenset[str] | None
+    pieces: Iterator[bytes]
+
+
 class Renderer:
     """The pages of a registry: byte for byte what the library writes, at a small part of its cost.
 
@@ -52,54 +65,109 @@ class Renderer:
         self._registry = registry
         self._source: Source = registry if isinstance(registry, ContinuedRegistry) else Plain(registry)
         self._kept: dict[str, tuple[float, dict[Any, Family]]] = {}  # by content type; the oldest first
+        self._is_plain = type(registry) in {CollectorRegistry, ContinuedRegistry}
+        self._log = SparingLog(log)
+        self._incomplete = False
 
-    def render(
-        self, accept: str, accept_encoding: str, names: Sequence[str] = ()
-    ) -> tuple[dict[str, str], Iterator[bytes]]:
-        """Headers and the pieces of the page, as the two request headers ask for it.
+    def render(self, accept: str, accept_encoding: str, names: Sequence[str] = ()) -> Asked:
+        """The page that the two request headers ask for.
 
         *names* keeps only the samples of these names. A custom collector's exception passes through.
         """
         asked = negotiate(accept)
         headers = {"Content-Type": asked.content_type, "Vary": "Accept, Accept-Encoding"}
-        pieces = self._pieces(asked, names)
+        chosen = self._known_of(names) if names else None
+        pieces = self._pieces(asked, chosen)
         if accepts_gzip(accept_encoding):
-            return {**headers, "Content-Encoding": "gzip"}, _gzipped(pieces)
-        return headers, pieces
+            return Asked({**headers, "Content-Encoding": "gzip"}, chosen, _gzipped(pieces))
+        return Asked(headers, chosen, pieces)
 
-    def _pieces(self, asked: Format, names: Sequence[str]) -> Iterator[bytes]:
+    def _known_of(self, names: Sequence[str]) -> frozenset[str]:
+        """*names* without those that make no difference to the page; a custom collector may have unknown ones."""
+        if not self._is_plain or self._source.shows_nameless:
+            return frozenset(names)
+        kinds = {name: kind for name in names if (kind := self._source.kind(name))}
+        return frozenset(kinds if FAMILIES.keys() >= {*kinds.values()} else names)
+
+    def _pieces(self, asked: Format, names: frozenset[str] | None) -> Iterator[bytes]:
         """Each the work of less than a millisecond; some are empty. No lock is held between two."""
-        if names:
-            yield asked.encode(self._registry.restricted_registry(names))
-            return
         for kind in FAMILIES:
             is_known(kind)  # once in a process, it has to find out
             yield b""
-        if not known() or type(self._registry) not in {CollectorRegistry, ContinuedRegistry}:
-            yield asked.encode(self._registry)
+        if known() and self._is_plain:
+            yield from self._page(asked, names)
         else:
-            yield from self._page(asked)
-
-    def _page(self, asked: Format) -> Iterator[bytes]:
-        for _ in self._source.prepare():
-            yield b""
-        target_info, collectors = self._source.collectors()
-        families = self._families(asked, collectors)
-        if target_info:
-            yield _by_library([target_info], asked)
-        for collector in collectors:
-            yield from self._one(collector, families.get(collector), asked)
+            source = self._registry if names is None else self._registry.restricted_registry(names)
+            yield self._by_library(source.collect(), asked)
         yield asked.encode(Only())
 
-    def _one(self, collector: Collector, family: Family | None, asked: Format) -> Iterator[bytes]:
+    def _page(self, asked: Format, names: frozenset[str] | None) -> Iterator[bytes]:
+        for _ in self._source.prepare():
+            yield b""
+        target_info, collectors, orphans = self._source.collectors()
+        families = self._families(asked, [*collectors, *orphans])
+        taken: set[str] = set()
+        self._incomplete = False
+        if target_info:
+            yield self._by_library([target_info], asked, names)
+        for collector, own in (*collectors.items(), *orphans.items()):
+            is_asked = names is None or not names.isdisjoint(own) or (not own and self._source.shows_nameless)
+            if is_asked and not (collector in orphans and taken.intersection(own)):
+                found = yield from self._one(collector, families.get(collector), asked, names)
+                taken |= names_in(found) if orphans and not own else set()
+        if names is None and not self._incomplete:
+            self._log.over("the page has all metrics again")
+
+    def _one(
+        self, collector: Collector, family: Family | None, asked: Format, names: frozenset[str] | None
+    ) -> Generator[bytes, None, Sequence[Metric]]:
+        """What the page has of one collector; the metrics of one that is left to the library."""
         if family:
             try:
-                yield from family.pieces()
+                yield from family.pieces(names)
             except Exception:
+                if family.callback_raised:  # the library would ask only once
+                    raise
                 log.debug("%r is left to prometheus_client", collector, exc_info=True)
             else:
-                return
-        yield _by_library(self._source.families(collector), asked)
+                if family.incomplete:
+                    self._leave_out(family.name)
+                return ()
+        found = list(self._source.families(collector))
+        yield self._by_library(found, asked, names)
+        return found
+
+    def _by_library(self, found: Iterable[Metric], asked: Format, names: frozenset[str] | None = None) -> bytes:
+        """In one go: a collector may hold a lock of its own until it has given its last metric."""
+        some: Any = found if names is None else [metric._restricted_metric(names) for metric in found]  # type: ignore[no-untyped-call]
+        end = asked.encode(Only())
+        return b"".join([self._encoded(metric, asked).removesuffix(end) for metric in some if metric])
+
+    def _encoded(self, metric: Metric, asked: Format) -> bytes:
+        """A metric as the library writes it, without what UTF-8 cannot encode."""
+        try:
+            return asked.encode(Only(metric))
+        except UnicodeEncodeError:
+            self._leave_out(metric.name)
+        rest = copy(metric)
+        rest.samples = [
+            sample._replace(exemplar=sample.exemplar if _can_carry(sample.exemplar) else None)
+            for sample in metric.samples
+            if is_encodable(sample.name) and _can_carry(sample)
+        ]
+        try:
+            return asked.encode(Only(rest))
+        except UnicodeEncodeError:  # its name or its help
+            return b""
+
+    def _leave_out(self, name: str) -> None:
+        self._incomplete = True
+        self._log.failed(
+            "%s has a label value that is not valid UTF-8: such series are neither on the page nor in the ledger; "
+            "the application should replace it",
+            ascii(name)[1:-1],
+            reason=name,
+        )
 
     def _families(self, asked: Format, collectors: Sequence[Any]) -> dict[Any, Family]:
         """The families of *collectors* that we can write. Those of other collectors, and of other formats, can go."""
@@ -120,10 +188,9 @@ class Renderer:
         return families
 
 
-def _by_library(found: Iterable[Metric], asked: Format) -> bytes:
-    """In one go: a collector may hold a lock of its own until it has given its last metric."""
-    end = asked.encode(Only())
-    return b"".join([asked.encode(Only(metric)).removesuffix(end) for metric in found])
+def _can_carry(labelled: Any) -> bool:
+    """Whether the labels of a sample, or of an exemplar if there is one, can be encoded."""
+    return not labelled or is_encodable(*[str(text) for pair in labelled.labels.items() for text in pair])
 
 
 def _gzipped(pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import chain, compress, count
+from itertools import chain, compress, count, cycle
 from operator import ne
 from typing import Any, ClassVar, Final
 
@@ -54,10 +54,12 @@ class _Section:
     """A head, and the form of one series below it; text 0.0.4 has the times of creation in a second section.
 
     `form` is for ``%`` with what the `columns` of these numbers have for a series: label values, time of creation. In
-    place of a number and the end of its line it has an empty line, which is in no line's text.
+    place of a number and the end of its line it has an empty line, which is in no line's text. `lines` are the
+    library's, with marks and places.
     """
 
-    head: bytes = b""
+    head: bytes
+    lines: list[str]
     form: str = ""
     columns: list[int] = field(default_factory=list)
     has_numbers: bool = False
@@ -75,7 +77,10 @@ class Family:
         # Labelled series move under this lock, and get another dictionary then; others may move at any time.
         self.readers = (CELLS if collector._labelnames else TOTALS) if source.totals else READERS
         self.shows_exemplars = shows_exemplars and self.has_exemplars
+        self.name: str = collector._name
+        self.labelnames: Sequence[str] = collector._labelnames
         self.sections: list[_Section] = []
+        self.callback_raised = False
         self._collector = collector
         self._encode = encode
         self._inherited = source.inherited
@@ -83,26 +88,36 @@ class Family:
         self._shape: tuple[object, ...] = ()
         self._blocks: list[_Block] = []
 
-    def pieces(self) -> Iterator[bytes]:
+    @property
+    def incomplete(self) -> bool:
+        """Whether the page that was written last lacks what UTF-8 cannot encode."""
+        return any(block.incomplete for block in self._blocks)
+
+    def pieces(self, names: frozenset[str] | None = None) -> Iterator[bytes]:
         """The family's part of the page, after an empty piece for each block that was looked at.
 
-        Whatever it raises, the library has to write the family; this can be asked again at the next scrape.
+        *names* keeps only the samples of these names. Whatever it raises, the library has to write the family, unless
+        it was a gauge's function, in `callback_raised`. This can be asked again at the next scrape.
         """
+        self.callback_raised = False
         try:
             _check(self._collector)
             slices = self._slices()
-            self._find_form(slices[0][:1] if slices else [])
-            written = [[section.head] for section in self.sections]
-            for number, children in enumerate(slices):
+            first = slices[0][:1] if slices else []
+            self._find_form(first)
+            chosen = self._choose(first, names)
+            written = [[head] for head, _ in chosen]
+            for number, children in enumerate(slices if chosen else []):
                 block = self._block(number, children)
-                for section, lines in zip(written, block.write(), strict=True):
-                    section.append(lines)
+                for section, (_, kept), lines in zip(written, chosen, block.write(), strict=True):
+                    section.append(lines if all(kept) else _keep(lines, kept))
                 yield b""
             del self._blocks[len(slices) :]
         except Exception:
             self._blocks = []
             raise
-        yield from chain.from_iterable(written)
+        if names is None or any(any(lines) for _, *lines in written):
+            yield from chain.from_iterable(written)
 
     def _slices(self) -> list[list[Any]]:
         """The series in the order of the page, as many together as a block takes."""
@@ -132,10 +147,22 @@ class Family:
             self._blocks, self._shape = [], ()
             if any(map(_UNFIT.search, map(str, names))):
                 raise ValueError("a name with a character that the form needs")
-            self._take_apart(self._written_by_library(children[:1]))
+            self._take_apart(self._written_by_library(children))
             self._shape = shape
 
-    def _written_by_library(self, children: Sequence[Any]) -> str:
+    def _choose(self, children: Sequence[Any], names: frozenset[str] | None) -> list[tuple[bytes, list[bool]]]:
+        """For each section its head, and which lines of a series stay with *names*; nothing where that is none."""
+        if names is None:
+            return [(section.head, [True] * len(section.lines)) for section in self.sections]
+        heads = {line: head for head, lines in _parts(self._written_by_library(children, names)) for line in lines}
+        if not heads:
+            return []
+        return [
+            (next((heads[line] for line in section.lines if line in heads), b""), [it in heads for it in section.lines])
+            for section in self.sections
+        ]
+
+    def _written_by_library(self, children: Sequence[Any], names: frozenset[str] | None = None) -> str:
         """One series, with marks as its label values and, as its numbers, their places."""
         metric, places = self._collector._get_metric(), count(0.5)
         marks = {name: f"\0{number}\0" for number, name in enumerate(self._collector._labelnames)}
@@ -145,21 +172,18 @@ class Family:
         for suffix, labels, *_ in samples:
             value = _CREATED if suffix == "_created" else next(places)
             metric.add_sample(metric.name + suffix, {**marks, **labels}, value)
-        return self._encode(Only(metric)).removesuffix(self._encode(Only())).decode()
+        found = [metric if names is None else metric._restricted_metric(names)]
+        return self._encode(Only(*filter(None, found))).removesuffix(self._encode(Only())).decode()
 
     def _take_apart(self, page: str) -> None:
-        self.sections, places = [], count(0.5)
-        for line in page.split("\n")[:-1]:
-            if line.startswith("# "):
-                if not self.sections or self.sections[-1].form:
-                    self.sections.append(_Section())
-                self.sections[-1].head += f"{line}\n".encode()
-            else:
+        self.sections, places = [_Section(head, lines) for head, lines in _parts(page)], count(0.5)
+        for section in self.sections:
+            for line in section.lines:
                 prefix, value = line.rsplit(" ", 1)
                 is_number = float(value) != _CREATED
                 if is_number and float(value) != next(places):
                     raise ValueError("numbers in another order")
-                self._add_line(self.sections[-1], prefix, is_number=is_number)
+                self._add_line(section, prefix, is_number=is_number)
         if sum(section.has_numbers for section in self.sections) > 1:
             raise ValueError("numbers in two places")
 
@@ -203,12 +227,14 @@ class _Block:
         if not family.fits(children):
             raise TypeError("a series that is not like others of its class")
         self._family = family
-        self._children = children
-        self._created = self._read_created(children)
-        self._values = family.values(children)
+        self._all = children
+        self._children = _encodable(children)
+        self.incomplete = False
+        self._created = self._read_created(self._children)
+        self._values = family.values(self._children)
         with family.staying:
             self._read = _reader(self._values, family.readers)
-        self._numbers: Any = [None] * (len(children) * len(family.suffixes()))
+        self._numbers: Any = [None] * (len(self._children) * len(family.suffixes()))
         columns = self._columns()
         self._sections = [_fill(section, columns) for section in family.sections]
         self._numbered = max(self._sections, key=len)
@@ -219,26 +245,30 @@ class _Block:
         Where those of a labelled metric get other values, it gets another dictionary.
         """
         return (
-            self._children == children
-            and self._created == self._read_created(children)
-            and (len(children) > 1 or self._values == self._family.values(children))
+            self._all == children
+            and self._created == self._read_created(self._children)
+            and (len(children) > 1 or self._values == self._family.values(self._children))
         )
 
     def write(self) -> Iterator[bytes]:
         """The lines of all series, for each section."""
         family = self._family
         texts = _Texts()
+        self.incomplete = len(self._children) < len(self._all)
         numbers = family.numbers(self._children, self._read())
+        if family.differs is ne:
+            numbers = array("d", numbers)  # first: a numpy.float32 equals a float that has other digits
         for place in compress(count(), map(family.differs, numbers, self._numbers)):
             self._numbered[2 * place + 1] = texts[numbers[place] or str(numbers[place])]  # 0.0 equals -0.0
         if family.shows_exemplars:
             self._add_exemplars(numbers)
-        self._numbers = array("d", numbers) if family.differs is ne else numbers
+        self._numbers = numbers
         return map(b"".join, self._sections)
 
     def _columns(self) -> list[Sequence[str]]:
         """What the forms have room for, a column each: label values, and the time of creation."""
         columns: list[Sequence[str]] = list(zip(*[child._labelvalues for child in self._children], strict=True))
+        columns = columns or [()] * len(self._family.labelnames)
         if _SPECIAL.search("".join(map("".join, columns))):
             columns = [list(map(_escape, column)) for column in columns]
         created = [_time(when) for when in self._created]
@@ -251,10 +281,45 @@ class _Block:
         for index in compress(count(), exemplars):
             child, nth = divmod(index, len(exemplars) // len(self._children))
             place = child * len(self._family.suffixes()) + nth
-            self._numbered[2 * place + 1] = f"{_text(numbers[place])}{_exemplar(exemplars[index])}\n".encode()
+            exemplar = _exemplar(exemplars[index])
+            if not is_encodable(exemplar):
+                self.incomplete, exemplar = True, ""
+            self._numbered[2 * place + 1] = f"{_text(numbers[place])}{exemplar}\n".encode()
 
     def _read_created(self, children: Sequence[Any]) -> list[float]:
         return [child._created for child in children] if self._family.has_created else []
+
+
+def is_encodable(*texts: str) -> bool:
+    """Whether the page, which is UTF-8, can carry *texts*: not what came as other bytes, and is lone surrogates."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _encodable(children: list[Any]) -> list[Any]:
+    """Those whose labels can be encoded."""
+    if is_encodable(*chain.from_iterable([child._labelvalues for child in children])):
+        return children
+    return [child for child in children if is_encodable(*child._labelvalues)]
+
+
+def _parts(page: str) -> list[tuple[bytes, list[str]]]:
+    """Each head in what the library wrote, and the lines below it."""
+    parts: list[tuple[list[str], list[str]]] = []
+    for line in page.split("\n")[:-1]:
+        is_head = line.startswith("# ")
+        if is_head and (not parts or parts[-1][1]):
+            parts.append(([], []))
+        parts[-1][not is_head].append(line)
+    return [("".join(f"{line}\n" for line in head).encode(), lines) for head, lines in parts]
+
+
+def _keep(lines: bytes, kept: Sequence[bool]) -> bytes:
+    """Of the *lines* of each series those that are *kept*."""
+    return b"\n".join([*compress(lines.split(b"\n")[:-1], cycle(kept)), b""])
 
 
 def _fill(section: _Section, columns: Sequence[Sequence[str]]) -> list[bytes]:

@@ -42,9 +42,19 @@ class _Gauges(_Counters):
         if functions.count(plain) == len(functions):
             return read
         return [
-            number if function is plain else _asked(child)
+            number if function is plain else self._ask(child)
             for child, function, number in zip(children, functions, read, strict=True)
         ]
+
+    def _ask(self, gauge: Any) -> float:
+        """What the function of a gauge says."""
+        try:
+            samples = gauge._child_samples()
+        except Exception:
+            self.callback_raised = True
+            raise
+        ((_, _, value, *_),) = samples
+        return float(value)
 
 
 class _Summaries(Family):
@@ -107,12 +117,6 @@ class _Enums(Family):
 FAMILIES: Final = {Counter: _Counters, Gauge: _Gauges, Summary: _Summaries, Histogram: _Histograms, Enum: _Enums}
 
 
-def _asked(gauge: Any) -> float:
-    """What the function of a gauge says."""
-    ((_, _, value, *_),) = gauge._child_samples()
-    return float(value)
-
-
 def known() -> dict[type, type[Family]]:
     """Our families by the library's classes, as far as they write the same as the library that is installed."""
     return {kind: family for kind, family in FAMILIES.items() if is_known(kind)}
@@ -131,7 +135,7 @@ def is_known(kind: Any) -> bool:
         metric.labels("b", "{0}%s")
         _use(metric.labels('"\\\n', "ü"))
         source = Plain(registry)
-        return source.collectors() == (None, [metric]) and all(
+        return list(source.collectors().collectors) == [metric] and all(
             b"".join(family(metric, encode, source=source, shows_exemplars=shows_exemplars).pieces())
             == encode(Only(*metric.collect())).removesuffix(encode(Only()))
             for encode, shows_exemplars in ((text.generate_latest, False), (openmetrics.generate_latest, True))

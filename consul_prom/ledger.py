@@ -5,7 +5,8 @@ The file is records, appended whole, each with its size and a checksum: a head (
 Its first cell says when it was last in use, its second when it was created; the values follow.
 
 A take-over writes what is still wanted to a new file and renames it: this alone compacts, and until the rename the
-old file is whole. Nothing is synced to the disk: after a power loss, another boot, a ledger is not continued.
+old file is whole. If the new file cannot be written, the old one is continued. Nothing is synced to the disk: after a
+power loss, another boot, a ledger is not continued.
 """
 
 import errno
@@ -24,6 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+from weakref import WeakSet
 
 from consul_prom.errors import LedgerError
 
@@ -98,6 +100,8 @@ class Series:
     used: float
     created: float
     values: tuple[float, ...]
+    cell: int = field(default=0, compare=False)
+    """Where it stands in the file that it was read from."""
 
     @property
     def count(self) -> float:
@@ -123,11 +127,19 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A ledger as it was read; `torn` where the file ends in half a record."""
+    """A ledger as it was read: its families by number, and where its last whole record ends.
+
+    `torn` where the file ends in half a record.
+    """
 
     head: dict[str, Any]
     series: list[Series]
     torn: bool
+    families: dict[int, Family]
+    end: int
+
+
+_OPEN: Final[WeakSet["Ledger"]] = WeakSet()
 
 
 class Ledger:
@@ -137,15 +149,16 @@ class Ledger:
     family and labels: the index of their first cell.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, flags: int = os.O_CREAT | os.O_TRUNC) -> None:
         """An empty one in a new file, for its owner only."""
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(path, os.O_RDWR | flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(self._descriptor, SIZE)
             self._bytes = memoryview(mmap.mmap(self._descriptor, SIZE))
         except OSError:
             self.close()
             raise
+        _OPEN.add(self)
         self._end = self._allocated = self._state = 0
         self._shown = 0
         self._zeroing = False
@@ -160,11 +173,34 @@ class Ledger:
         """Continue the ledger at *path*, or begin one. Only who holds the slot may.
 
         Raises:
-            LedgerError: there is none to be had; the old one is gone then, since it would lag what is exposed.
+            LedgerError: none can be written; the old one is gone then, because it would lag what is exposed.
         """
         head = {"boot": boot, "instance": instance}
-        series = _wanted(_continued(path, head), time.time() if now is None else now)
-        before = peek(path)
+        contents = _continued(path, head)
+        series = _wanted(contents.series if contents else [], time.time() if now is None else now)
+        state = peek(path)
+        try:
+            return cls._copy(path, head, series, state)
+        except (OSError, LedgerError) as error:
+            reason = _reason(error)
+        try:
+            if contents and state:
+                ledger = cls._resume(path, contents, series, state)
+                log.warning(
+                    "%s is continued without being compacted, its copy cannot be written: %s. New series may live in "
+                    "memory only (CONSUL_PROM_DIR)",
+                    path,
+                    reason,
+                )
+                return ledger
+        except OSError as error:
+            reason = _reason(error)
+        discard(path)
+        raise LedgerError(f"{path} cannot be written: {reason}; see CONSUL_PROM_DIR")
+
+    @classmethod
+    def _copy(cls, path: Path, head: dict[str, Any], series: list[Series], before: State | None) -> "Ledger":
+        """A new file in place of that at *path*."""
         aside = path.with_name(path.name + ".new")
         ledger = None
         try:
@@ -176,12 +212,30 @@ class Ledger:
                 cell = ledger.bear(one.family, one.labels, created=one.created, values=one.values, used=one.used)
                 ledger.inherited[one.family][one.labels] = cell
             os.replace(aside, path)  # noqa: PTH105  # the tests stop at each call of os
-        except (OSError, LedgerError) as error:
+        except (OSError, LedgerError):
             if ledger:
                 ledger.close()
             discard(aside)
-            discard(path)
-            raise LedgerError(f"{path} cannot be written: {_reason(error)}; see CONSUL_PROM_DIR") from error
+            raise
+        return ledger
+
+    @classmethod
+    def _resume(cls, path: Path, contents: Contents, wanted: list[Series], state: State) -> "Ledger":
+        """The file at *path* itself, whose *contents* go on where they stand. It needs no space."""
+        ledger = cls(path, 0)
+        for number, family in contents.families.items():
+            ledger._families[family] = _known(family, number)
+        ledger._numbers = max(contents.families, default=-1) + 1
+        ledger._end = ledger._allocated = contents.end
+        ledger._state = state.offset // 8
+        rest = bytes(ledger._bytes[contents.end :]).rstrip(b"\0") if contents.torn else b""
+        ledger._bytes[contents.end : contents.end + len(rest)] = bytes(len(rest))  # it was written, so it has its space
+        used = {one.cell: one.used for one in wanted}
+        for one in contents.series:
+            ledger.cells[one.cell + USED] = used.get(one.cell, 0.0)
+        for one in wanted:
+            ledger.inherited[one.family][one.labels] = one.cell
+        ledger.cells[ledger._state + _VACANT] = 0.0
         return ledger
 
     def bear(
@@ -191,9 +245,10 @@ class Ledger:
 
         Raises:
             LedgerError: there is no room.
+            UnicodeEncodeError: a label is not valid UTF-8, so that no page could show the series.
         """
         known = self._families.get(family) or self.introduce(family)
-        payload = known.number + _BETWEEN.join([label.encode("utf-8", "surrogatepass") for label in labels])
+        payload = known.number + _BETWEEN.join([label.encode() for label in labels])
         numbers = struct.pack(f"={len(values)}d", *values) if values else known.zeros
         record = _record(_SERIES, payload, _TIMES.pack(used, created) + numbers)
         return (self._write(record) + len(record) - len(numbers)) // 8 - VALUES
@@ -235,6 +290,7 @@ class Ledger:
 
     def close(self) -> None:
         """Room is no longer to be had. The mapping stays for as long as somebody counts in it."""
+        _OPEN.discard(self)
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -260,7 +316,7 @@ class Ledger:
             number = self._numbers  # no call between these two
             self._numbers = number + 1
             self._write(_record(_FAMILY, json.dumps({**asdict(family), "number": number}).encode()))
-            known = self._families[family] = _Known(family, _NUMBER.pack(number), bytes(8 * family.values))
+            known = self._families[family] = _known(family, number)
         return known
 
     def _write(self, record: bytes) -> int:
@@ -290,6 +346,14 @@ class Ledger:
         finally:
             self._zeroing = False
         self._allocated = max(self._allocated, end)
+
+
+def _after_fork_in_child() -> None:
+    for ledger in list(_OPEN):
+        ledger.abandon()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def read(path: Path) -> Contents | None:
@@ -362,27 +426,27 @@ def discard(path: Path) -> None:
         os.unlink(path)  # noqa: PTH108  # the tests stop at each call of os
 
 
-def _continued(path: Path, head: dict[str, Any]) -> list[Series]:
+def _continued(path: Path, head: dict[str, Any]) -> Contents | None:
     """What the ledger at *path* holds, if it is of this boot and instance; else one sentence, unless there is none."""
     try:
         contents = read(path)
     except FileNotFoundError:
-        return []
+        return None
     except OSError as error:
         log.warning("%s is not continued, counters start anew: %s", path, _reason(error))
-        return []
+        return None
     except (ValueError, LookupError, TypeError):
         log.warning("%s is not continued, counters start anew: it holds a record that we do not write", path)
-        return []
+        return None
     if contents is None:
         log.warning("%s is not continued, counters start anew: it is not ours, or another version's", path)
-        return []
+        return None
     if contents.head != head:
         log.info("%s is not continued, counters start anew: it is of another boot or host name", path)
-        return []
+        return None
     if contents.torn:
         log.warning("%s ends in half a record; what stands before it is continued", path)
-    return contents.series
+    return contents
 
 
 def _wanted(series: list[Series], now: float) -> list[Series]:
@@ -390,10 +454,14 @@ def _wanted(series: list[Series], now: float) -> list[Series]:
     unused = sorted(one.used for one in series if one.used != IN_USE and one.used >= now - KEEP)
     oldest = unused[-MOST_UNUSED] if len(unused) >= MOST_UNUSED else now - KEEP
     return [
-        one if one.used <= now else Series(one.family, one.labels, now, one.created, one.values)
+        one if one.used <= now else Series(one.family, one.labels, now, one.created, one.values, one.cell)
         for one in series
         if one.used >= oldest
     ]
+
+
+def _known(family: Family, number: int) -> _Known:
+    return _Known(family, _NUMBER.pack(number), bytes(8 * family.values))
 
 
 def _record(kind: int, payload: bytes, cells: bytes = b"") -> bytes:
@@ -408,7 +476,7 @@ def _parse(data: mmap.mmap) -> Contents:
     head: dict[str, Any] = {}
     families: dict[int, Family] = {}
     helps: dict[Family, str] = {}
-    found: dict[tuple[Family, Labels], tuple[float, ...]] = {}
+    found: dict[tuple[Family, Labels], tuple[int, tuple[float, ...]]] = {}
     offset = len(MAGIC)
     for kind, payload, cells, end in _records(data, offset):
         offset = end
@@ -423,15 +491,15 @@ def _parse(data: mmap.mmap) -> Contents:
         else:
             family = families[_NUMBER.unpack_from(payload)[0]]
             texts = payload[_NUMBER.size :].split(_BETWEEN) if family.labelnames else ()
-            labels = tuple([text.decode("utf-8", "surrogatepass") for text in texts])
             if cells[USED] > 0:  # what was removed and born again stands further on
-                found[family, labels] = cells
+                with suppress(UnicodeDecodeError):  # no page can show it; an earlier version of ours wrote it
+                    found[family, tuple([text.decode() for text in texts])] = end // 8 - len(cells), cells
     latest_of = {family: replace(family, documentation=text) for family, text in helps.items()}
     series = [
-        Series(latest_of[family], labels, cells[USED], cells[CREATED], cells[VALUES:])
-        for (family, labels), cells in found.items()
+        Series(latest_of[family], labels, cells[USED], cells[CREATED], cells[VALUES:], cell)
+        for (family, labels), (cell, cells) in found.items()
     ]
-    return Contents(head, series, torn=any(data[offset : offset + _START.size]))
+    return Contents(head, series, any(data[offset : offset + _START.size]), families, offset)
 
 
 def _records(data: mmap.mmap | bytes, offset: int) -> Iterator[tuple[int, bytes, tuple[float, ...], int]]:

@@ -231,8 +231,8 @@ class Life:
         try:
             with FORKING:  # a child forked in the middle of an import could never import the same
                 self._client = AgentClient(self.settings)
-                if self._later:
-                    self._continue()
+            if self._later:
+                self._continue()
             if self._listener is None:
                 self.listen(await find_address(self._client.self_))
             registry = self._continued or self._registry

@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Final
 
@@ -22,23 +22,29 @@ REST: Final = 0.001
 CHUNK: Final = 65_536
 READING: Final = 30.0
 PAGES_READ: Final = 8
+_TEXT: Final = {"Content-Type": "text/plain; charset=utf-8"}
+_TOO_MANY: Final = b"too many pages of different name[] are asked for at once\n"
 _NOTHING_PLAIN: Final = re.compile(r"(identity|\*)\s*;\s*q=0(\.0*)?\s*(,|$)")
 
-Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], Iterable[bytes]]]
+CHOSEN_AT_ONCE: Final = 8
+"""Different pages of chosen names that are written or wait for it; a whole page waits for these at most."""
+
+Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], Hashable, Iterable[bytes]]]
 
 
 class Scrapes:
     """Answers scrapes, and remembers when they were.
 
-    *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers and the
-    pieces of the page, which is written only as they are asked for. Equal headers and names mean equal pages.
+    *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers, the names
+    that it chose (None: the page is whole) and the pieces of the page, which is written only as they are asked for.
+    Equal headers and names mean equal pages.
     *on_scrape* is told the seconds that a page was waited for.
     """
 
     def __init__(self, render: Render, *, on_scrape: Callable[[float], None]) -> None:
         self._render = render
         self._on_scrape = on_scrape
-        self._writing: dict[tuple[object, ...], asyncio.Task[_Page]] = {}
+        self._writing: dict[tuple[Hashable, Hashable], asyncio.Task[_Page]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._read: list[_Page] = []
         self._log = SparingLog(log)
@@ -75,10 +81,12 @@ class Scrapes:
 
     async def _page(self, request: BaseRequest) -> "_Page":
         """Who asks for a page that is being written waits for the same."""
-        names = request.query.getall("name[]", [])
-        headers, pieces = self._render(request.headers.get("Accept", ""), _accepted_encoding(request), names)
-        wanted = *headers.items(), *names
+        names = [name for name in request.query.getall("name[]", []) if name]
+        headers, chosen, pieces = self._render(_listed(request, "Accept"), _accepted_encoding(request), names)
+        wanted = frozenset(headers.items()), chosen
         if wanted not in self._writing:
+            if chosen is not None and sum(names is not None for _, names in self._writing) >= CHOSEN_AT_ONCE:
+                return _Page(HTTPStatus.SERVICE_UNAVAILABLE, {**_TEXT, "Retry-After": "1"}, _TOO_MANY)
             task = self._writing[wanted] = asyncio.create_task(self._write(headers, iter(pieces)))
             task.add_done_callback(lambda _: self._writing.pop(wanted))
         return await asyncio.shield(self._writing[wanted])  # who goes away takes it from nobody
@@ -115,7 +123,7 @@ class Scrapes:
         kind = type(error).__name__
         self._log.failed("the metrics cannot be rendered; a collector raised", reason=kind, exc_info=error)
         text = f"a collector raised {kind}\n"
-        return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, {"Content-Type": "text/plain; charset=utf-8"}, text.encode())
+        return _Page(HTTPStatus.INTERNAL_SERVER_ERROR, _TEXT, text.encode())
 
     def _note(self, connection: asyncio.Transport | None, begun: float) -> None:
         """In a new dictionary, since another thread may read the old one."""
@@ -163,8 +171,13 @@ class _Page:
         return response, False
 
 
+def _listed(request: BaseRequest, header: str) -> str:
+    """The whole list that is a *header*, which may have come in several lines (RFC 9110, 5.3)."""
+    return ",".join(request.headers.getall(header, []))
+
+
 def _accepted_encoding(request: BaseRequest) -> str:
     """What the request accepts; over loopback bytes cost less than compressing them, unless plain ones are refused."""
-    accepted = request.headers.get("Accept-Encoding", "")
+    accepted = _listed(request, "Accept-Encoding")
     is_near = request.remote and ipaddress.ip_address(request.remote).is_loopback
     return "" if is_near and not _NOTHING_PLAIN.search(accepted.lower()) else accepted

@@ -1,6 +1,6 @@
 """A page as a scraper gets it, from a renderer of its own or one that was asked before."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -10,7 +10,7 @@ from consul_prom.exposition import Renderer
 
 
 class Page(NamedTuple):
-    headers: dict[str, str]
+    headers: Mapping[str, str]
     body: bytes
 
 
@@ -23,5 +23,5 @@ def render(
 ) -> Page:
     """The whole page at once."""
     renderer = source if isinstance(source, Renderer) else Renderer(source)
-    headers, pieces = renderer.render(accept, accept_encoding, names)
+    headers, _, pieces = renderer.render(accept, accept_encoding, names)
     return Page(headers, b"".join(pieces))

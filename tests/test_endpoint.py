@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -66,9 +67,12 @@ class Served:
         self.listener = listen(address, [0])
         self.address, self.port = self.listener.getsockname()[:2]
 
-    def render(self, accept: str, coding: str, names: list[str]) -> tuple[Headers, Iterator[bytes]]:
+    def render(
+        self, accept: str, coding: str, names: list[str]
+    ) -> tuple[Headers, frozenset[str] | None, Iterator[bytes]]:
         self.asked.append((accept, coding, names))
-        return {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Vary": "Accept"}, self._pieces()
+        headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Vary": "Accept"}
+        return headers, frozenset(names) if names else None, self._pieces()
 
     def _pieces(self) -> Iterator[bytes]:
         self.written += 1
@@ -177,6 +181,23 @@ class TestMetrics:
         served.ask("/metrics?name[]=a&name%5B%5D=b%20c&x=1&name=d")
         assert served.asked[0][2] == ["a", "b c"]
 
+    def test_blank_name(self, served: Served) -> None:
+        """A blank ``name[]`` chooses nothing, as in prometheus_client: the page is whole."""
+        served.ask("/metrics?name[]=&name[]=a")
+        served.ask("/metrics?name[]=")
+        assert [names for *_, names in served.asked] == [["a"], []]
+
+    def test_header_in_two_lines(self, served: Served) -> None:
+        """A list that comes in two header lines is one list (RFC 9110, 5.3)."""
+        with served.connect() as connection:
+            lines = (
+                "Accept: text/html\r\nAccept: text/plain\r\nAccept-Encoding: br\r\nAccept-Encoding: identity;q=0\r\n"
+            )
+            connection.sendall(f"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{lines}\r\n".encode())
+            while connection.recv(4096):
+                pass
+        assert served.asked[-1][:2] == ("text/html,text/plain", "br,identity;q=0")
+
     def test_head(self, served: Served) -> None:
         """HEAD has the headers of GET and no body, and the connection goes on."""
         with served.connect() as client:
@@ -253,6 +274,20 @@ class TestReaders:
             assert _all_of(first).endswith(b"one 1.0\n")
             assert _all_of(second).endswith(b"one 1.0\n")
         assert served.written == 2
+
+    def test_many_pages_of_chosen_names(self, served: Served) -> None:
+        """Of different pages of chosen names a few are written at once, and more are refused; whole pages never are."""
+        with served.holding() as event, ThreadPoolExecutor(40) as pool:
+            chosen = [pool.submit(served.ask, f"/metrics?name[]={number}") for number in range(scrape.CHOSEN_AT_ONCE)]
+            wait_until(lambda: len(served.asked) == scrape.CHOSEN_AT_ONCE, within=DEADLINE, what="pages begun")
+            refused = served.ask("/metrics?name[]=another")
+            again, whole = pool.submit(served.ask, "/metrics?name[]=1&name[]=1"), pool.submit(served.ask)
+            wait_until(lambda: len(served.asked) == scrape.CHOSEN_AT_ONCE + 3, within=DEADLINE, what="more")
+            event.set()
+            assert {answer.result(DEADLINE).status for answer in [*chosen, again, whole]} == {200}
+        assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
+        assert b"name[]" in refused.body
+        assert served.ask("/metrics?name[]=another").status == 200
 
     def test_one_that_asked_first_goes_away(self, served: Served) -> None:
         """Who shares a page with one that goes away still gets it."""
@@ -656,7 +691,7 @@ class TestClose:
         nothing: Callable[[], Headers] = dict
 
         async def close() -> None:
-            await Endpoint(render=lambda *_: ({}, []), about=nothing, on_scrape=lambda _seconds: None).aclose()
+            await Endpoint(render=lambda *_: ({}, None, []), about=nothing, on_scrape=lambda _seconds: None).aclose()
 
         asyncio.run(close())
 
@@ -679,7 +714,8 @@ from consul_prom.endpoint import Endpoint
 from consul_prom.thread import MetricsThread
 
 async def serve():
-    await Endpoint(render=lambda *_: ({}, [b"one 1.0\\n"]), about=dict, on_scrape=lambda seconds: None).serve(server)
+    page = {}, None, [b"one 1.0\\n"]
+    await Endpoint(render=lambda *_: page, about=dict, on_scrape=lambda seconds: None).serve(server)
 
 server = listen("127.0.0.1", [0])
 thread = MetricsThread()

@@ -1,17 +1,20 @@
 """The page: byte for byte prometheus_client's, in the format that was asked for."""
 
 import gzip
+import logging
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, Summary, metrics
 from prometheus_client import exposition as text
 from prometheus_client.core import GaugeHistogramMetricFamily, GaugeMetricFamily, UnknownMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -19,6 +22,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
+from consul_prom import exposition, family
 from tests.pages import render
 
 PROMETHEUS = (
@@ -50,6 +54,26 @@ class _Custom(Collector):
         yield family
         yield UnknownMetricFamily("odd", "Untyped.", value=float("inf"))
         yield GaugeHistogramMetricFamily("sizes", "A gauge histogram.", buckets=[("1.0", 2), ("+Inf", 3)], gsum_value=4)
+
+
+class _Named(Collector):
+    """A collector that shows more than it has registered."""
+
+    def describe(self) -> list[Metric]:
+        return [GaugeMetricFamily("named", "-")]
+
+    def collect(self) -> list[Metric]:
+        return [GaugeMetricFamily("named", "-", value=1), GaugeMetricFamily("more", "-", value=1)]
+
+
+class _Given(Collector):
+    """A collector of the metrics that it is given."""
+
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Sequence[Metric]:
+        return self._families
 
 
 @pytest.fixture
@@ -290,7 +314,7 @@ class TestCompression:
             from consul_prom import exposition
             registry = CollectorRegistry()
             Counter("reqs", "-", registry=registry)
-            _, pieces = exposition.Renderer(registry).render("", "gzip")
+            _, _, pieces = exposition.Renderer(registry).render("", "gzip")
             assert gzip.decompress(b"".join(pieces)) == generate_latest(registry)
             print(exposition.compress.__module__)
         """
@@ -304,6 +328,79 @@ class TestCompression:
         assert page.headers["Vary"] == "Accept, Accept-Encoding"
 
 
+class TestEncoding:
+    """Label values that are not valid UTF-8: an application may take them from a request."""
+
+    BAD = "\udcff"
+
+    def _use(self, registry: CollectorRegistry, *labels: str) -> None:
+        kinds: list[Any] = [Counter, Gauge, Histogram, Summary]
+        for kind in kinds:
+            metric = kind(kind.__name__.lower(), "-", ["x", "y"], registry=registry)
+            for label in labels:
+                getattr(metric.labels(label, "1"), "observe" if kind in {Histogram, Summary} else "inc")(1)
+        Info("info", "-", ["x"], registry=registry)
+        for label in labels:
+            registry._names_to_collectors["info"].labels(label).info({"a": "b"})  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("accept", ["", PROMETHEUS])
+    @pytest.mark.parametrize("labels", [(BAD,), (BAD, "a"), ("a", BAD, "b" + BAD, "c"), ("a", BAD + "\udfff")])
+    def test_series_is_left_out(
+        self, registry: CollectorRegistry, labels: tuple[str, ...], accept: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Such a series of any metric is left out, and the page has all others, at each scrape."""
+        monkeypatch.setattr(metrics, "_use_created", False)  # no two registries are made at one time
+        self._use(registry, *labels)
+        clean = CollectorRegistry()
+        self._use(clean, *[label for label in labels if self.BAD not in label])
+        renderer = exposition.Renderer(registry)
+        encode, _ = text.choose_encoder(accept)
+        for _ in range(2):
+            assert render(renderer, accept=accept).body == encode(clean)
+        assert render(renderer, accept=accept, names=["counter_total"]).body == encode(
+            clean.restricted_registry(["counter_total"])
+        )
+
+    def test_is_said_once(self, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
+        """One WARNING names the metric; one INFO says that it is over."""
+        caplog.set_level(logging.INFO)
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        counter.labels(self.BAD).inc()
+        renderer = exposition.Renderer(registry)
+        for _ in range(3):
+            render(renderer)
+            render(renderer, accept=PROMETHEUS)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "reqs has a label value that is not valid UTF-8" in caplog.text
+        counter.clear()
+        render(renderer)
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+    def test_exemplar(self, registry: CollectorRegistry) -> None:
+        """Such an exemplar is left out, and the sample stays."""
+        counter = Counter("reqs", "-", registry=registry)
+        histogram = Histogram("took", "-", registry=registry, buckets=(1,))
+        renderer = exposition.Renderer(registry)
+        for trace in ("a", self.BAD):
+            counter.inc(1, {"trace": trace})
+            histogram.observe(0.5, {"trace": trace})
+            page = render(renderer, accept=PROMETHEUS).body
+        assert b"reqs_total 2.0\n" in page
+        assert b'took_bucket{le="1.0"} 2.0\n' in page
+
+    def test_custom_collector(self, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
+        """Of a custom collector's metrics the same is left out, or all of one with such a help; it stays as it is."""
+        family = GaugeMetricFamily("queue", "-", labels=["x"])
+        for label in ("a", self.BAD):
+            family.add_metric([label], 1)
+        families = [family, GaugeMetricFamily("odd", self.BAD, value=1), GaugeMetricFamily("more", "-", value=1)]
+        registry.register(_Given(families))
+        page = render(registry).body
+        assert re.findall(rb"^\w.*", page, re.MULTILINE) == [b'queue{x="a"} 1.0', b"more 1.0"]
+        assert len(family.samples) == 2
+        assert [record.getMessage().partition(" ")[0] for record in caplog.records] == ["queue", "odd"]
+
+
 class TestNames:
     """``name[]`` keeps only some samples."""
 
@@ -313,10 +410,46 @@ class TestNames:
         names = ["reqs_total", "size_bytes_count", "absent"]
         page = render(full, accept=accept, accept_encoding="", names=names)
         encode, _ = text.choose_encoder(accept)
-        assert page.body == encode(full.restricted_registry(names))
+        wanted = encode(full.restricted_registry(names))  # in any order
+        assert sorted(page.body.splitlines()) == sorted(wanted.splitlines())
         assert b"reqs_total" in page.body
         assert b"temperature" not in page.body
         assert b"size_bytes_sum" not in page.body
+
+    @pytest.mark.parametrize("accept", ["", PROMETHEUS])
+    @pytest.mark.parametrize("names", [["took_seconds_bucket"], ["took_seconds_created", "took_seconds_sum"], ["reqs"]])
+    def test_some_samples_of_a_metric(self, full: CollectorRegistry, names: list[str], accept: str) -> None:
+        """Of a metric any of its samples can be chosen, each as prometheus_client writes it."""
+        encode, _ = text.choose_encoder(accept)
+        assert render(full, accept=accept, names=names).body == encode(full.restricted_registry(names))
+
+    def test_page_from_kept_families(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A page of chosen names is written in slices, from what is kept of other scrapes, and keeps it all."""
+        counter = Counter("reqs", "-", ["x"], registry=registry)
+        for number in range(3 * family.BLOCK):
+            counter.labels(number).inc()
+        renderer = exposition.Renderer(registry)
+        whole = render(renderer).body
+        monkeypatch.setattr(exposition.Renderer, "_by_library", None)
+        monkeypatch.setattr(family, "_fill", None)
+        assert render(renderer, names=["reqs_total"]).body == text.generate_latest(
+            registry.restricted_registry(["reqs_total"])
+        )
+        assert len([piece for piece in renderer.render("", "", ["reqs_total"]).pieces if not piece]) >= 3
+        assert render(renderer).body == whole
+
+    def test_names_that_make_no_difference(self, full: CollectorRegistry) -> None:
+        """Requests that differ only in names that nothing has ask for one page; a custom collector may have any."""
+
+        def chosen(*names: str) -> object:
+            return exposition.Renderer(full).render("", "", names).names
+
+        assert chosen("reqs_total", "absent") == chosen("x", "reqs_total") == {"reqs_total"}
+        assert chosen("absent") == frozenset()
+        assert chosen() is None
+        full.register(_Named())
+        assert chosen("named", "more") == {"named", "more"}
+        assert b"more 1.0" in render(full, names=["named", "more"]).body
 
     @pytest.mark.parametrize(("accept", "body"), [("", b""), (PROMETHEUS, b"# EOF\n")])
     def test_no_such_name(self, full: CollectorRegistry, accept: str, body: bytes) -> None:
@@ -332,3 +465,17 @@ class TestNames:
         Gauge("queue", "", registry=registry).set_function(fail)
         with pytest.raises(LookupError, match="no such queue"):
             render(registry, accept="", accept_encoding="")
+
+    def test_function_that_raises_is_asked_once(self, registry: CollectorRegistry) -> None:
+        """A gauge's function that raises is asked once in a scrape, as by prometheus_client."""
+        asked = []
+
+        def fail() -> float:
+            asked.append(1)
+            raise LookupError("no such queue")
+
+        Gauge("queue", "", ["x"], registry=registry).labels("1").set_function(fail)
+        for names in ((), ("queue",)):
+            with pytest.raises(LookupError):
+                render(registry, names=names)
+        assert len(asked) == 2

@@ -5,7 +5,9 @@ import logging
 import os
 import stat
 import time
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from consul_prom.ledger import IN_USE, KEEP, MOST_UNUSED, SIZE, STEP, VALUES, Fa
 
 HITS = Family("counter", "hits", ("route",), documentation="Hits.")
 SECONDS = Family("histogram", "seconds", (), (0.5, float("inf")), unit="")
-ODD = ("é", "", "\0", "\udcff", "ÿ\n", "🦜")
+ODD = ("é", "", "\0", "\x7f", "ÿ\n", "🦜")
 NOW = 1_000_000.0
 
 
@@ -73,6 +75,37 @@ class TestTakeOver:
         count(again, HITS, "/")
         take_over(path)
         assert totals(path)["hits", "/"] == 4
+
+    def test_label_that_is_no_text(self, path: Path) -> None:
+        """A series of a label that UTF-8 cannot encode is not stored, and not continued where it was stored once."""
+        book = take_over(path)
+        with pytest.raises(UnicodeEncodeError):
+            count(book, HITS, "\udcff")
+        count(book, HITS, "?")
+        count(book, HITS, "/")
+        place = bytes(book._bytes[: book._end]).index(b"?")
+        start = place - ledger._NUMBER.size - ledger._SUMMED.size - ledger._START.size
+        book._bytes[place : place + 1] = b"\xed"  # as a lone surrogate begins
+        summed = bytes(book._bytes[start + ledger._START.size : place + 1])
+        size, _ = ledger._START.unpack_from(book._bytes, start)
+        book._bytes[start : start + ledger._START.size] = ledger._START.pack(size, zlib.crc32(summed))
+        assert totals(path) == {("hits", "/"): 1}
+        assert take_over(path).inherited[HITS].keys() == {("/",)}
+
+    def test_forked_child(self, path: Path) -> None:
+        """A forked child has no descriptor of the ledger, whoever has it: its file may be removed meanwhile."""
+        book = take_over(path)
+        seen = os.fstat(book._descriptor)
+        pid = os.fork()
+        if not pid:
+            held = 0
+            for entry in Path("/dev/fd").iterdir():
+                with suppress(OSError):
+                    held += os.path.samestat(os.fstat(int(entry.name)), seen)
+            os._exit(held)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        count(book, HITS, "/")
+        assert totals(path) == {("hits", "/"): 1}
 
     def test_later_one_wins(self, path: Path) -> None:
         """Of a series that was removed and born again, the newborn is continued."""
@@ -274,22 +307,56 @@ class TestSpace:
     @pytest.mark.parametrize("call", ["open", "ftruncate", "posix_fallocate", "replace"])
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
     def test_no_take_over(self, path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A take-over that cannot write leaves nothing that a later worker would continue from below what is shown."""
-        count(take_over(path), HITS, "/")
+        """Where no ledger can be written and none continued, counters live in memory, and no file is left."""
+        count(take_over(path, boot="b0"), HITS, "/")
         descriptors = len(list(Path("/proc/self/fd").iterdir()))
-        real = getattr(os, call)
-
-        def failing(*arguments: Any) -> Any:
-            if call == "open" and not arguments[1] & os.O_CREAT:
-                return real(*arguments)
-            raise OSError(number, os.strerror(number))
-
-        monkeypatch.setattr(os, call, failing)
+        monkeypatch.setattr(os, call, _unwritable(call, number))
         with pytest.raises(LedgerError, match=os.strerror(number)):
             take_over(path)
         monkeypatch.undo()
         assert list(path.parent.iterdir()) == []
         assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+    @pytest.mark.parametrize("call", ["open", "posix_fallocate", "replace"])
+    @pytest.mark.parametrize("torn", [False, True])
+    def test_take_over_on_a_full_disk(
+        self, path: Path, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, *, torn: bool
+    ) -> None:
+        """Where a copy cannot be written, the old file is continued as it is, with a WARNING that says why."""
+        book = take_over(path)
+        book.port = 8000
+        book.scraped(NOW)
+        count(book, HITS, "/", value=3)
+        count(book, SECONDS, value=0.25)
+        count(book, HITS, "/more")
+        book.drop(count(book, HITS, "/gone"))
+        unused = count(book, HITS, "/unused")
+        book.cells[unused + ledger.USED] = NOW - KEEP - 1
+        if torn:
+            book._bytes[book._end : book._end + 100] = b"x" * 100
+        monkeypatch.setattr(os, call, _unwritable(call, errno.ENOSPC))
+        again = take_over(path, now=NOW + 9)
+        assert [path.name] == [file.name for file in path.parent.iterdir()]
+        assert again.inherited[HITS].keys() == {("/",), ("/more",)}
+        assert found(path)["hits", "/"].used == NOW + 9
+        assert again.port == 8000
+        assert "continued without being compacted, its copy cannot be written: No space left on device" in caplog.text
+        count(again, HITS, "/")
+        with suppress(LedgerError):  # is there space?
+            count(again, HITS, "/new")
+        monkeypatch.undo()
+        again._retry_at = 0.0
+        count(again, HITS, "/later", value=5)
+        count(again, Family("summary", "sizes"), value=2)
+        take_over(path)
+        assert {**totals(path), ("hits", "/new"): 1} == {
+            ("hits", "/"): 4,
+            ("hits", "/more"): 1,
+            ("seconds",): 0.25,
+            ("hits", "/later"): 5,
+            ("hits", "/new"): 1,
+            ("sizes",): 2,
+        }
 
     def test_full(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A ledger that is as large as its mapping takes no more series."""
@@ -359,6 +426,18 @@ class TestSpace:
         monkeypatch.setattr(Ledger, "_write", interrupted)
         count(book, HITS, "/", value=3)
         assert totals(path) == {("hits", "/"): 3, ("seconds",): 7}
+
+
+def _unwritable(call: str, number: int) -> Callable[..., Any]:
+    """The *call* of os, which fails where it would make something new."""
+    real = getattr(os, call)
+
+    def failing(*arguments: Any) -> Any:
+        if call == "open" and not arguments[1] & os.O_CREAT:
+            return real(*arguments)
+        raise OSError(number, os.strerror(number))
+
+    return failing
 
 
 def _failing(number: int) -> Callable[..., None]:

@@ -173,15 +173,16 @@ def test_killed_in_removal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [28, 5, 30], ids=["ENOSPC", "EIO", "EROFS"])
-def test_every_call_fails(tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whichever call of the system fails, a take-over is whole, or is refused and leaves no ledger behind."""
+@pytest.mark.parametrize("lasts", [False, True])
+def test_every_call_fails(tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch, *, lasts: bool) -> None:
+    """Whichever call of the system fails, a take-over goes on with all counts, or with none if none can be read."""
     path, kept = tmp_path / "ledger", tmp_path / "kept"
     prepare(kept)
     outcomes = set()
     number = 0
     while True:
         shutil.copy(kept, path)
-        failing = _Failing(number, error)
+        failing = _Failing(number, error, lasts=lasts)
         with monkeypatch.context() as patch:
             patch.setattr(ledger, "os", failing)
             try:
@@ -196,15 +197,16 @@ def test_every_call_fails(tmp_path: Path, error: int, monkeypatch: pytest.Monkey
         if failing.calls <= number:
             break
         number += 1
-    assert outcomes == {"whole", "none"}
+    assert outcomes == ({"whole", "none"} if lasts else {"whole"})
     assert number >= 6
 
 
 class _Failing:
-    """The module os, of which the call of that number fails; not so those that clean up."""
+    """The module os, of which the call of that number fails, or all from there on; not so those that clean up."""
 
-    def __init__(self, number: int, error: int) -> None:
+    def __init__(self, number: int, error: int, *, lasts: bool) -> None:
         self.calls = 0
+        self._lasts = lasts
         self._number = number
         self._error = error
 
@@ -215,7 +217,7 @@ class _Failing:
 
         def call(*arguments: Any) -> Any:
             self.calls += 1
-            if self.calls == self._number + 1:
+            if self.calls == self._number + 1 or (self._lasts and self.calls > self._number):
                 raise OSError(self._error, os.strerror(self._error))
             return real(*arguments)
 

@@ -33,6 +33,7 @@ from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
 from consul_prom.ledger import Ledger
 from consul_prom.life import Life
 from consul_prom.tally import Tally
+from consul_prom.thread import FORKING
 from consul_prom.worker import Worker
 from tests.services.program import own_address
 from tests.services.waiting import wait_until
@@ -994,6 +995,32 @@ class TestLedger:
         assert threads == [where]
         assert shown.count("hits_total{") == series
         assert 'hits_total{route="/1"} 2.0' in shown
+
+    def test_fork_does_not_wait_for_a_large_one(
+        self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A fork of the application does not wait for the reading of a large ledger, only for a metric's binding."""
+        worker = make(address="127.0.0.1")
+        worker.start()
+        for number in range(4000):
+            hits.labels(f"/{number}").inc()
+        worker.stop()
+        reading, asked = threading.Event(), threading.Event()
+        take_over = Ledger.take_over
+
+        def slow(*arguments: Any, **options: Any) -> Ledger:
+            reading.set()
+            assert asked.wait(10)
+            return take_over(*arguments, **options)
+
+        monkeypatch.setattr(Ledger, "take_over", slow)
+        again, _ = self.next_worker(make)
+        assert reading.wait(10)
+        is_free = FORKING.acquire(blocking=False)
+        asked.set()
+        assert is_free
+        FORKING.release()
+        assert page(again).count("hits_total{") == 4000
 
     def test_port(self, make: Make) -> None:
         """It serves on the port that scrapers know, where that is free, and where any port will do."""

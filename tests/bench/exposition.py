@@ -117,7 +117,7 @@ def fill(series: int) -> tuple[CollectorRegistry, list[Callable[[], Any]]]:
 
 def write(renderer: Renderer) -> bytes:
     """The whole page, as the endpoint puts it together."""
-    _, pieces = renderer.render(ACCEPT, "")
+    _, _, pieces = renderer.render(ACCEPT, "")
     return b"".join(pieces)
 
 
