@@ -29,7 +29,9 @@ NO_SERVICES = ("tests/unit/", "tests/architecture/")
 PER_CORE = 3  # most tests wait for a clock or for another process
 
 # How long an example takes says how busy the machine is, and nothing about the code.
-hypothesis_settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+UNHURRIED = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.register_profile("unhurried", UNHURRIED)
+hypothesis_settings.register_profile("thorough", UNHURRIED, max_examples=1000)  # --hypothesis-profile=thorough
 hypothesis_settings.load_profile("unhurried")
 
 # Without bytecode each process that a test starts compiles the package again, which takes longer than most tests.
@@ -47,7 +49,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Prepare each process that runs tests for the programs that these start."""
-    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("tx", None):
+    if hasattr(config, "workerinput") or not config.getoption("tx", None):
         processes.prepare()
 
 
@@ -64,7 +66,7 @@ def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Do the same in a run without other processes."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and not session.config.option.collectonly:
+    if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
         _prepare(session.config, [item.nodeid for item in session.items])
 
 
