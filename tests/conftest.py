@@ -3,7 +3,8 @@
 import gc
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -16,24 +17,79 @@ from prometheus_client import CollectorRegistry
 from consul_prom.devagent import DevAgent, running
 from consul_prom.ledger import Ledger
 from consul_prom.settings import Settings, load
-from tests.services.binaries import RECIPES, prepare
+from tests.services import processes
+from tests.services.binaries import RECIPES, describe, prepare
 from tests.workers import Workers
 
 MakeSettings = Callable[..., Settings]
 
 FEW = 5
-SEVERAL = 100  # who runs fewer tests may need no service
 NOT_SETTINGS = {"CONSUL_BIN"}
+NO_SERVICES = ("tests/unit/", "tests/architecture/")
+PER_CORE = 3  # most tests wait for a clock or for another process
 
-# How long an example takes says how busy the machine is, and nothing of the code.
-hypothesis_settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# How long an example takes says how busy the machine is, and nothing about the code.
+UNHURRIED = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.register_profile("unhurried", UNHURRIED)
+hypothesis_settings.register_profile("thorough", UNHURRIED, max_examples=1000)  # --hypothesis-profile=thorough
 hypothesis_settings.load_profile("unhurried")
+
+# Without bytecode each process that a test starts compiles the package again, which takes longer than most tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes run the tests; none if all tests are named, because starting them takes longer."""
+    if all("::" in argument for argument in config.args):
+        return 0
+    return PER_CORE * len(os.sched_getaffinity(0))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Prepare each process that runs tests for the programs that these start."""
+    if hasattr(config, "workerinput") or not config.getoption("tx", None):
+        processes.prepare()
+
+
+def pytest_report_header() -> list[str]:
+    """Say where each real program comes from."""
+    return describe(RECIPES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """Build what is missing before any process runs a test."""
+    _prepare(node.config, ids)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build what is missing before the first test, where its announcement is seen and no test's time runs."""
-    if not session.config.option.collectonly and len(session.items) > SEVERAL:
-        prepare(RECIPES)
+    """Do the same in a run without other processes."""
+    if not hasattr(session.config, "workerinput") and not session.config.option.collectonly:
+        _prepare(session.config, [item.nodeid for item in session.items])
+
+
+def _prepare(config: pytest.Config, ids: Sequence[str]) -> None:
+    reporter = config.pluginmanager.getplugin("terminalreporter")
+    if not all(test.startswith(NO_SERVICES) for test in ids):
+        prepare(RECIPES, say=reporter.write_line)
+
+
+def pytest_unconfigure() -> None:
+    """End the processes that outlived their test or fixture."""
+    if processes.MARK in os.environ:
+        processes.end()
+
+
+@pytest.fixture(autouse=True)
+def _processes_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End the processes that a failed test left."""
+    failures = request.session.testsfailed
+    with processes.marked(request.node.nodeid):
+        yield
+        if request.session.testsfailed > failures:
+            processes.end()
 
 
 @pytest.fixture(autouse=True)

@@ -162,9 +162,11 @@ def test_lock_files_are_wiped(agent: DevAgent, workers: Workers, slot_directory:
     first = workers.start()
     removed: list[str] = []
     setattr(agent.state, "deregister", removed.append)  # noqa: B010
+    workers.hold(first)  # else it may notice before the newborn has the slot, and take it again
     for path in slot_directory.glob("*.lock"):
         path.unlink()
     second = workers.start()
+    first.send_signal(signal.SIGCONT)
     wait_until(lambda: workers.entries(first.pid) == ["shop.web-1.1"], within=60, what="another slot")
     assert workers.entries(second.pid) == ["shop.web-1.0"]
     assert not removed

@@ -596,7 +596,7 @@ class TestRoutes:
         assert await Server(instrument(copying, **arguments)).ask("/7") == 200
         page.only(200)
 
-    @pytest.mark.parametrize("odd", [{"fastapi": 7}, {"route": object()}, {"endpoint": 7, "router": 7}], ids=str)
+    @pytest.mark.parametrize("odd", [{"fastapi": 7}, {"route": object()}, {"endpoint": 7, "router": 7}], ids=" ".join)
     async def test_odd_scope(self, arguments: Arguments, page: Page, odd: Message) -> None:
         """A scope in which something else stands than is expected is `other`, and fails no request."""
         assert await Server(instrument(_bare(_start(), COMPLETE), **arguments)).ask(**odd) == 200

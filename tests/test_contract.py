@@ -893,7 +893,6 @@ async def test_probe_follows_registration(agent: Agent, document: Document, targ
 
 
 @pytest.mark.full
-@pytest.mark.timeout(200)
 async def test_reaped(agent: Agent, document: Document, unused_tcp_port: int) -> None:
     """Agent deregisters what was critical for a minute, though ten seconds were asked, at its next look each 30 s."""
     url = f"http://127.0.0.1:{unused_tcp_port}/"

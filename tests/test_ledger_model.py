@@ -398,7 +398,7 @@ class Slots(RuleBasedStateMachine):
 class TestModel(Slots.TestCase):  # type: ignore[misc,valid-type]  # made by hypothesis
     """As hypothesis runs it."""
 
-    settings: ClassVar[settings] = settings(max_examples=150, stateful_step_count=40)
+    settings: ClassVar[settings] = settings(max_examples=settings().max_examples // 3, stateful_step_count=40)
 
     @pytest.fixture(autouse=True)
     def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -116,8 +117,9 @@ def test_user_of_the_workers(agent: DevAgent, tmp_path: Path, monkeypatch: pytes
     """A root master makes files as its workers' user, and is root again afterwards; any other has their user anyway."""
     user, group = (65534, 65534) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
     directory = tmp_path / "theirs"
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if stat.S_IMODE(folder.stat().st_mode) == 0o700:  # the tests' own, however many there are
+            folder.chmod(0o755)
     directory.mkdir(mode=0o700)
     os.chown(directory, user, group)
     monkeypatch.setenv("CONSUL_PROM_DIR", str(directory))

@@ -342,6 +342,4 @@ async def _quietly(registrar: Registrar) -> None:
 
 
 TestRegistering = Registering.TestCase
-TestRegistering.settings = settings(
-    max_examples=400, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestRegistering.settings = settings(stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))

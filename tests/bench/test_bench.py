@@ -60,7 +60,6 @@ def test_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows == [("2", "0"), ("5", "0")] * 2
 
 
-@pytest.mark.timeout(240)
 def test_stop(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The bench of stops prints a row a model and state of the agent."""
     require("consul")

@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -73,11 +72,9 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_pipe(home: Home) -> None:
-    """In a pipe the demo tells the whole story in plain lines, within 20 seconds, and leaves nothing behind."""
-    begun = time.monotonic()
+    """In a pipe the demo tells the whole story in plain lines, and leaves nothing behind."""
     done = subprocess.run(COMMAND, env=home.environ, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert time.monotonic() - begun < 20
     home.assert_left_clean()
     story = done.stdout
     assert "\x1b" not in story

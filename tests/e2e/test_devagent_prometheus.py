@@ -6,7 +6,6 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-import pytest
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 
 from consul_prom.devagent import DevAgent, running
@@ -78,7 +77,6 @@ def test_discovery() -> None:
             wait_until(lambda: sums() == {"shop": 4, "by-tag": 4}, within=60, what="the second target")
 
 
-@pytest.mark.timeout(300)
 def test_restart() -> None:
     """Prometheus sees at its next try what a restarted agent holds, not two minutes later."""
     agent = DevAgent()

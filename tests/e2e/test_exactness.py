@@ -5,7 +5,6 @@ import pytest
 from tests.bench.exactness.harness import SCENARIOS, run
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", ["kill, recycle, HUP"])
 def test_exact(name: str) -> None:
     """Workers are killed, recycled and reloaded; each of two Prometheus servers counts each request once."""

@@ -158,7 +158,7 @@ def hiccups(agent: Consul, short_module: None, tmp_path_factory: pytest.TempPath
     directory = tmp_path_factory.mktemp("hiccups")
     with ExitStack() as stack:
         yield {
-            name: stack.enter_context(Scene(agent, directory / str(number), f"web-{number}", fault=fault))
+            name: stack.enter_context(Scene(agent, directory / str(number), f"hiccup-{number}", fault=fault))
             for number, (name, fault) in enumerate(HICCUPS.items())
         }
 

@@ -145,7 +145,6 @@ class TestReaped:
             assert not agent.state.services
 
     @pytest.mark.full
-    @pytest.mark.timeout(300)
     def test_by_consul(self, consul: Consul, tmp_path: Path) -> None:
         """The same with real Consul, which takes a minute and a half."""
         settings: dict[str, Any] = {"check_interval": 1, "check_timeout": 0.5, "deregister_after": 60}

@@ -17,16 +17,41 @@ RECIPES: Mapping[str, Recipe] = {"consul": CONSUL, "prometheus": PROMETHEUS, "pr
 
 
 def require(name: str) -> Path:
-    """Path of the program, or the end of the test: a skip, and a failure with TEST_REQUIRE_SERVICES=1."""
-    outcome = _outcome(name)
-    return outcome if isinstance(outcome, Path) else _give_up(outcome)
+    """Return the program's path, or end the test: by a skip, or by a failure if TEST_REQUIRE_SERVICES=1."""
+    if "PYTEST_VERSION" not in os.environ:  # a bench run by hand: nothing has built the program before
+        return find(name)
+    try:
+        found = _present(name, environ=os.environ)
+    except ServiceUnavailable as problem:
+        _give_up(str(problem))
+    return found or _give_up(f"{name} could not be built; the first lines of this run say why")
 
 
-def prepare(names: Iterable[str]) -> None:
-    """Find or build the programs now, outside any test; `require` then answers at once, also about a failure."""
+def describe(names: Iterable[str], *, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return a line for each program: where it is, or how long its build will take and where it will be kept."""
+    lines = []
     for name in names:
-        if isinstance(problem := _outcome(name), str):
-            announce(problem)
+        try:
+            found = _present(name, environ=environ)
+        except ServiceUnavailable as problem:
+            lines.append(f"{name}: {problem}")
+            continue
+        recipe = RECIPES[name]
+        missing = (
+            f"not built yet; a build takes about {recipe.minutes} minutes on two cores, only once, "
+            f"and is kept in {_kept(recipe, environ)}"
+        )
+        lines.append(f"{name}: {found or missing}")
+    return lines
+
+
+def prepare(names: Iterable[str], *, say: Callable[[str], None]) -> None:
+    """Find or build the programs before the first test, and *say* what happens."""
+    for name in names:
+        try:
+            find(name, say=say)
+        except ServiceUnavailable as problem:
+            say(f"{name} is unavailable: {problem}")
 
 
 def find(
@@ -41,17 +66,10 @@ def find(
         ServiceUnavailable: the variable names no program, or the build failed.
     """
     recipe = RECIPES[name]
-    if explicit := environ.get(variable := f"{name.upper()}_BIN"):
-        if not _executable(Path(explicit)):
-            raise ServiceUnavailable(f"{variable}={explicit} is not an executable file")
-        return Path(explicit)
-    kept = cache_folder(environ=environ) / recipe.key
-    if _executable(kept / name):
-        return kept / name
-    if (installed := shutil.which(name, path=environ.get("PATH", ""))) and _says(installed, version=recipe.version):
-        return Path(installed)
-    build(recipe, into=kept, environ=environ, say=say)
-    return kept / name
+    if found := _present(name, environ=environ):
+        return found
+    build(recipe, into=_kept(recipe, environ), environ=environ, say=say)
+    return _kept(recipe, environ) / name
 
 
 def cache_folder(*, environ: Mapping[str, str] = os.environ) -> Path:
@@ -70,21 +88,29 @@ def version_text(program: str | Path) -> str:
     return done.stdout + done.stderr
 
 
+def _present(name: str, *, environ: Mapping[str, str]) -> Path | None:
+    recipe = RECIPES[name]
+    if explicit := environ.get(variable := f"{name.upper()}_BIN"):
+        if not _executable(Path(explicit)):
+            raise ServiceUnavailable(f"{variable}={explicit} is not an executable file")
+        return Path(explicit)
+    if _executable(kept := _kept(recipe, environ) / name):
+        return kept
+    installed = shutil.which(name, path=environ.get("PATH", ""))
+    return Path(installed) if installed and _says(installed, version=recipe.version) else None
+
+
+def _kept(recipe: Recipe, environ: Mapping[str, str]) -> Path:
+    return cache_folder(environ=environ) / recipe.key
+
+
+@functools.cache
 def _says(program: str, *, version: str) -> bool:
     return re.search(rf"(?<![\d.]){re.escape(version)}(?![\w.+-])", version_text(program)) is not None
 
 
 def _executable(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
-
-
-@functools.cache
-def _outcome(name: str) -> Path | str:
-    """Path, or why there is none: a failed build is not tried again for the next test."""
-    try:
-        return find(name)
-    except ServiceUnavailable as problem:
-        return f"{name} is unavailable: {problem}"
 
 
 def _give_up(reason: str) -> NoReturn:

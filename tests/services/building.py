@@ -9,16 +9,20 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 HERE = Path(__file__).parent
+
+BUILD_WITHIN: Final = 3600.0
+REPORT_EVERY: Final = 15.0
 
 
 class ServiceUnavailable(Exception):
@@ -64,14 +68,8 @@ PROMETHEUS = Recipe(
 
 
 def announce(text: str) -> None:
-    """Print to the person at the terminal, past pytest's capture where there is a terminal."""
-    with contextlib.suppress(OSError):
-        if sys.__stderr__ is not None:
-            print(text, file=sys.__stderr__, flush=True)
-            if sys.__stderr__.isatty():
-                return
-        with Path("/dev/tty").open("w") as terminal:
-            print(text, file=terminal)
+    """Print to the person who waits."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def build(
@@ -93,8 +91,8 @@ def build(
         f"about {recipe.minutes} minutes on two cores, only this once (kept in {into})."
     )
     into.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=into, prefix="building-") as fresh, _no_alarm():
-        _go_build(go, recipe=recipe, into=fresh, environ=environ)
+    with tempfile.TemporaryDirectory(dir=into, prefix="building-") as fresh:
+        _go_build(go, recipe=recipe, into=Path(fresh), environ=environ, say=say)
         for program in Path(fresh).iterdir():
             program.replace(into / program.name)
 
@@ -131,31 +129,43 @@ def _go_version(go: Path) -> tuple[int, ...]:
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
-def _go_build(go: Path, *, recipe: Recipe, into: str, environ: Mapping[str, str]) -> None:
-    command = [str(go), "build", "-mod=readonly", "-trimpath", *recipe.flags, "-o", f"{into}/", *recipe.packages]
+def _go_build(go: Path, *, recipe: Recipe, into: Path, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
+    command = [str(go), "build", "-v", "-mod=readonly", "-trimpath", *recipe.flags, "-o", f"{into}/", *recipe.packages]
     own = {"CGO_ENABLED": "0", "GOWORK": "off"}
+    log = into.with_suffix(".log")
     try:
-        done = subprocess.run(
-            command,
-            cwd=recipe.folder,
-            env={**environ, **own},
-            capture_output=True,
-            text=True,
-            timeout=3600,
-            check=False,
-        )
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command, cwd=recipe.folder, env={**environ, **own}, stdout=output, stderr=subprocess.STDOUT
+            )
+        with process:
+            try:
+                _watch(process, log=log, recipe=recipe, say=say)
+            finally:
+                process.kill()
+        lines = log.read_text(errors="replace").splitlines()
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServiceUnavailable(f"building {recipe.folder.name} {recipe.version}: {error}") from error
-    if done.returncode:
-        last = "\n".join(done.stderr.splitlines()[-15:])
-        raise ServiceUnavailable(f"building {recipe.folder.name} {recipe.version} failed ({done.returncode}):\n{last}")
-
-
-@contextlib.contextmanager
-def _no_alarm() -> Iterator[None]:
-    """Stop the clock of pytest-timeout, which counts fixtures too: a build is no hang."""
-    left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
-    try:
-        yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
+        log.unlink(missing_ok=True)
+    if process.returncode:
+        last = "\n".join(lines[-15:])
+        raise ServiceUnavailable(
+            f"building {recipe.folder.name} {recipe.version} failed ({process.returncode}):\n{last}"
+        )
+
+
+def _watch(process: subprocess.Popen[bytes], *, log: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Wait for the build and report its progress; `go build -v` prints a line for each download and each package."""
+    started = time.monotonic()
+    while (passed := time.monotonic() - started) < BUILD_WITHIN:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(REPORT_EVERY)
+            return
+        lines = log.read_text(errors="replace").splitlines()
+        downloads = sum(line.startswith("go: downloading") for line in lines)
+        say(
+            f"  {recipe.folder.name}: {passed + REPORT_EVERY:.0f} s of about {recipe.minutes * 60}, "
+            f"{downloads} modules downloaded, {len(lines) - downloads} packages compiled"
+        )
+    raise subprocess.TimeoutExpired(process.args, BUILD_WITHIN)

@@ -1,7 +1,7 @@
 """The real programs are found where the user put them, or built, or missed loudly."""
 
 import os
-import signal
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.services import binaries, building
-from tests.services.binaries import RECIPES, find, require
+from tests.services.binaries import RECIPES, describe, find, prepare, require
 from tests.services.building import ServiceUnavailable, find_go
 
 Script = Callable[..., Path]
@@ -95,13 +95,31 @@ class TestFind:
         built = find("consul", environ=environ)
         assert sorted(file.name for file in built.parent.iterdir()) == ["consul", "prometheus", "promtool"]
 
-    def test_clock(self) -> None:
-        """A build does not count against a test's time limit, which goes on behind it."""
-        before, _ = signal.getitimer(signal.ITIMER_REAL)
-        with building._no_alarm():
-            assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-        after, _ = signal.getitimer(signal.ITIMER_REAL)
-        assert after == pytest.approx(before, abs=5)
+    def test_progress(
+        self, environ: Mapping[str, str], script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A build says how far it is."""
+        monkeypatch.setattr(building, "REPORT_EVERY", 0.05)
+        said = []
+
+        def say(text: str) -> None:
+            said.append(text)
+            if "1 modules downloaded, 2 packages compiled" in text:
+                (tmp_path / "seen").touch()
+
+        talk = f"printf 'go: downloading a v1\\nb\\nc\\n'; until [ -e {tmp_path}/seen ]; do sleep 0.05; done"
+        script("go", BUILDS.replace("while", f"{talk}\nwhile", 1))
+        find("consul", environ=environ, say=say)
+        assert re.fullmatch(r"  consul: \d+ s of about 300, 1 modules downloaded, 2 packages compiled", said[-1])
+
+    def test_description(self, environ: Mapping[str, str], script: Script, tmp_path: Path) -> None:
+        """The first lines of a run say where each program is, or where and for how long it will be built."""
+        script("prometheus", "echo prometheus, version 3.14.0")
+        wrong = {**environ, "PROMTOOL_BIN": str(tmp_path / "nothing")}
+        consul, prometheus, promtool = describe(RECIPES, environ=wrong)
+        assert re.fullmatch(rf"consul: not built yet; .* 5 minutes .* {tmp_path}/.cache/consul-prom/consul-\w+", consul)
+        assert prometheus == f"prometheus: {tmp_path}/bin/prometheus"
+        assert promtool == f"promtool: PROMTOOL_BIN={tmp_path}/nothing is not an executable file"
 
     def test_key(self, tmp_path: Path) -> None:
         """Another go.sum is another place in the cache."""
@@ -118,8 +136,10 @@ class TestUnavailable:
     def failing(self, environ: Mapping[str, str], script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
         """Only a Go that fails to build is there."""
         script("go", FAILS)
-        monkeypatch.setattr(binaries, "find", lambda name: find(name, environ=environ, say=lambda _: None))
-        monkeypatch.setattr(binaries, "_outcome", binaries._outcome.__wrapped__)
+        monkeypatch.delenv("CONSUL_BIN", raising=False)
+        for name in ("HOME", "PATH"):
+            monkeypatch.setenv(name, environ[name])
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
 
     def test_reason(self, environ: Mapping[str, str], said: list[str]) -> None:
         """A failed build shows the compiler's words and leaves nothing in the cache."""
@@ -127,16 +147,27 @@ class TestUnavailable:
             find("consul", environ=environ, say=said.append)
         assert not [file for file in binaries.cache_folder(environ=environ).rglob("*") if file.is_file()]
 
+    def test_said(self, said: list[str]) -> None:
+        """The lines before the first test say why a program cannot be built."""
+        prepare(["consul"], say=said.append)
+        assert said[-1].startswith("consul is unavailable: building consul 1.19.2 failed (1):")
+
     def test_skip(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A test that needs a program that cannot be built is skipped, loudly."""
+        """A test that needs a program that could not be built is skipped, loudly."""
         monkeypatch.delenv("TEST_REQUIRE_SERVICES", raising=False)
-        with pytest.raises(pytest.skip.Exception, match=r"(?s)REAL SERVICE MISSING.*missing go\.sum entry"):
+        with pytest.raises(pytest.skip.Exception, match=r"REAL SERVICE MISSING.*consul could not be built"):
             require("consul")
 
     def test_required(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """TEST_REQUIRE_SERVICES=1 turns that skip into a failure."""
         monkeypatch.setenv("TEST_REQUIRE_SERVICES", "1")
-        with pytest.raises(pytest.fail.Exception, match="consul is unavailable"):
+        with pytest.raises(pytest.fail.Exception, match="consul could not be built"):
+            require("consul")
+
+    def test_bench(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A bench that is run by hand builds what it needs."""
+        monkeypatch.delenv("PYTEST_VERSION")
+        with pytest.raises(ServiceUnavailable, match="failed"):
             require("consul")
 
     def test_old_go(self, environ: Mapping[str, str], script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ class TestWaiting:
         def never() -> bool:
             raise AssertionError("three targets")
 
-        with pytest.raises(AssertionError, match=r"not within 0\.1 s: a fourth") as late:
+        with pytest.raises(AssertionError, match=r"not within 0\.5 s: a fourth") as late:
             wait_until(never, within=0.1, what="a fourth")
         assert "three targets" in str(late.value.__cause__)
 
@@ -186,7 +186,7 @@ class TestProgram:
 
     def test_late(self, monkeypatch: pytest.MonkeyPatch, script: Script) -> None:
         """A program that does not get ready is ended, and its log is shown."""
-        monkeypatch.setattr(Program, "start_within", 1.0)
+        monkeypatch.setattr(Program, "start_within", 0.2)
         with pytest.raises(AssertionError, match=r"(?s)not within 1 s: consul ready at http.*still thinking"):
             Consul(binary=script("sleeper", "echo still thinking; exec sleep 60")).start()
 

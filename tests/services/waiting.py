@@ -8,12 +8,21 @@ from typing import Any, TypeVar, overload
 
 T = TypeVar("T")
 
+PATIENCE = 5.0
+"""A busy machine gets this many times the seconds that a test names."""
+MOST = 240.0
+"""Seconds; a test's own time-out would hide the thing that was awaited."""
+
 
 def wait_until(check: Callable[[], T], *, within: float, what: str, every: float = 0.05) -> T:
     """Call *check* until it returns something true, and return that.
 
-    An AssertionError of *check* means "not yet". AssertionError after *within* seconds, naming *what*.
+    An AssertionError of *check* means "not yet". *within* is more than enough for a machine that does nothing else.
+
+    Raises:
+        AssertionError: a busy machine had enough time, too; the message names *what*.
     """
+    within = _patient(within)
     deadline = time.monotonic() + within
     while True:
         refusal: AssertionError | None = None
@@ -34,6 +43,7 @@ async def eventually(check: Callable[[], T], *, within: float, what: str, every:
 async def eventually(check: Callable[[], Any], *, within: float, what: str, every: float = 0.05) -> Any:
     """The same as `wait_until` without blocking the loop; *check* may be asynchronous and is cancelled when late."""
     refusal: AssertionError | None = None
+    within = _patient(within)
     deadline = asyncio.timeout(within)
     try:
         async with deadline:
@@ -52,6 +62,10 @@ async def eventually(check: Callable[[], Any], *, within: float, what: str, ever
         if not deadline.expired():  # it is the condition's own
             raise
         raise AssertionError(_late(what, within)) from refusal
+
+
+def _patient(within: float) -> float:
+    return max(within, min(within * PATIENCE, MOST))
 
 
 def _late(what: str, within: float) -> str:

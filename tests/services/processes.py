@@ -1,0 +1,50 @@
+"""The processes that tests start: they can be interrupted, and end with their test even if it fails.
+
+A variable in their environment names the test that started them.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+MARK: Final = "TEST_THAT_STARTED_THIS"
+OWN: Final = f"{os.getpid()}"
+
+
+def prepare() -> None:
+    """Prepare this process for tests that start others."""
+    os.environ[MARK] = OWN
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell without job control; programs inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def marked(test: str) -> Iterator[None]:
+    """Mark the processes that start meanwhile, and their children; programs of wider fixtures have started before."""
+    os.environ[MARK] = f"{OWN} {test}"
+    try:
+        yield
+    finally:
+        os.environ[MARK] = OWN
+
+
+def end() -> None:
+    """Kill the processes that have the present mark or a longer one, and those that this process forked."""
+    wanted = f"{MARK}={os.environ[MARK]}"
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            found = [entry for entry in _environment(process) if entry.startswith(f"{MARK}=")]
+            forked = not found and _parent(process) == os.getpid()  # which shows this process's own environment
+            if forked or (found and found[0].startswith(wanted)):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def _environment(process: Path) -> list[str]:
+    return (process / "environ").read_text(errors="replace").split("\0")
+
+
+def _parent(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])
