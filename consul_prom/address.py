@@ -83,10 +83,14 @@ def route_address() -> str | None:
     return None
 
 
-async def find_address(ask_agent: Callable[[], Awaitable[Mapping[str, Any]]]) -> str:
+async def find_address(
+    ask_agent: Callable[[], Awaitable[Mapping[str, Any]]],
+    *,
+    on_failure: Callable[[AgentError], None] = lambda _error: None,
+) -> str:
     """What the agent advertises of itself, if that is ours; else, or after 2 s, the default route's source address.
 
-    *ask_agent* gives ``/v1/agent/self`` or raises an AgentError.
+    *ask_agent* gives ``/v1/agent/self`` or raises an AgentError, which *on_failure* gets.
     """
     ends_at, sparing = time.monotonic() + ASK_AGENT, SparingLog(log)
     while True:
@@ -100,7 +104,10 @@ async def find_address(ask_agent: Callable[[], Awaitable[Mapping[str, Any]]]) ->
             ends_at = 0  # its answer will not change
         except AgentDenied:
             ends_at = 0
-        except (AgentError, TimeoutError):
+        except TimeoutError:
+            pass
+        except AgentError as error:
+            on_failure(error)
             await asyncio.sleep(0.2)
         if time.monotonic() < ends_at:
             continue

@@ -7,31 +7,36 @@ import asyncio
 import ipaddress
 import logging
 import os
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final, Unpack
 
 from prometheus_async.aio.web import MetricsHTTPServer
 from prometheus_async.types import Deregisterer
 
-from consul_prom import __version__
+from consul_prom import __version__, farewell
 from consul_prom.address import find_address
 from consul_prom.client import AgentClient
-from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
+from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
 from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration, build
 from consul_prom.settings import Arguments, Settings, check_worker, load, switch
-from consul_prom.slots import Slot, acquire
+from consul_prom.slots import Slot
 
 log = logging.getLogger(__name__)
 
 CHEAP_PAGE: Final = "/"
+THREAD: Final = "PrometheusAsyncWebEndpoint"
+"""The name of the thread of ``start_http_server_in_thread``, which never returns if we raise there."""
 
 
 class ConsulDiscovery:
     """Pass it as *service_discovery* to prometheus_async's ``start_http_server`` or ``start_http_server_in_thread``.
 
     Each server has a slot, so an entry of its own. It is registered in the background and stays so; an agent that is
-    absent holds nothing up. A server on all interfaces is registered with the address that a worker would take.
+    absent holds nothing up. A server on all interfaces is registered with the address that a worker would take. Closing
+    the server removes the entry, and so does the end of the process, except by a signal that Python does not handle.
     """
 
     def __init__(self, **arguments: Unpack[Arguments]) -> None:
@@ -45,87 +50,119 @@ class ConsulDiscovery:
             if error.from_code:
                 raise
             self._settings = error
+        if not self._disabled:
+            farewell.hear()  # `register` may run in another thread
 
     async def register(self, metrics_server: MetricsHTTPServer) -> Deregisterer | None:
         """Begin to register the server; the result deregisters it, within STOP_TIMEOUT.
 
         None, and one ERROR line, where that cannot be. With REQUIRED the error is raised instead, also if the server
-        is not registered within START_TIMEOUT.
+        is not registered within START_TIMEOUT; not so in prometheus_async's own thread.
         """
+        required = self._required
+        if required and threading.current_thread().name == THREAD:
+            log.warning("CONSUL_PROM_REQUIRED has no effect with start_http_server_in_thread: use start_http_server")
+            required = False
         try:
-            return await self._register(metrics_server)
+            return await self._register(metrics_server, required=required)
         except ConsulPromError as error:
-            if self._required:
+            if required:
                 raise
             log.error("the metrics server is not registered: %s", error)
             return None
 
-    async def _register(self, metrics_server: MetricsHTTPServer) -> Deregisterer | None:
+    async def _register(self, metrics_server: MetricsHTTPServer, *, required: bool) -> Deregisterer | None:
         settings = self._settings
         if self._disabled:
             return None
         if isinstance(settings, SettingsError):
             raise settings
         check_worker(settings)
-        slot = acquire(settings.dir, settings.service)
-        tenancy, client = Tenancy(settings, slot), AgentClient(settings)
-        task = asyncio.create_task(_stay(settings, tenancy, client, metrics_server))
-
-        async def deregister() -> None:
-            task.cancel()
-            await tenancy.leave(settings.stop_timeout)
-            await client.aclose()
-            tenancy.slot.release()
-
-        if settings.required:
+        registration = _Registration(settings, metrics_server)
+        if required:
             try:
-                await _registered(tenancy, task, settings.start_timeout)
+                await registration.wait(settings.start_timeout)
             except EndpointError:
-                await deregister()
+                await registration.end()
                 raise
-        return deregister
+        return registration.end
 
 
-async def _stay(settings: Settings, tenancy: Tenancy, client: AgentClient, server: MetricsHTTPServer) -> None:
-    try:
-        address, port = await _place(settings, client, server)
+class _Registration:
+    """A server that stays registered until `end`, or until the process ends. Made in the server's loop."""
 
-        def describe(slot: Slot) -> Registration:
-            return build(
-                settings,
-                slot=slot,
-                address=address,
-                port=port,
-                version=__version__,
-                pid=os.getpid(),
-                scheme="https" if server.https else "http",
-                health_path=CHEAP_PAGE,
+    def __init__(self, settings: Settings, server: MetricsHTTPServer) -> None:
+        self._settings = settings
+        self._server = server
+        self._tenancy = Tenancy(settings)
+        self._client = AgentClient(settings)
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._task = asyncio.create_task(self._stay())
+        farewell.expect(self._end_now)
+
+    async def wait(self, timeout: float) -> None:
+        """Raises EndpointError if the server is not registered after *timeout* seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while not self._tenancy.registered and not self._task.done():  # noqa: ASYNC110  # nobody tells it when
+                    await asyncio.sleep(0.01)
+        if not self._tenancy.registered:
+            raise EndpointError(f"not registered within CONSUL_PROM_START_TIMEOUT: {self._tenancy.trouble}")
+
+    async def end(self) -> None:
+        with farewell.said(self._end_now):
+            self._task.cancel()
+            await self._tenancy.leave(self._settings.stop_timeout)
+            await self._client.aclose()
+            if self._tenancy.slot:
+                self._tenancy.slot.release()
+
+    def _end_now(self) -> None:
+        """Deregister before the process ends, in the server's loop if that still runs in another thread."""
+        timeout = self._settings.stop_timeout
+        with farewell.said(self._end_now):
+            if self._loop.is_running() and threading.get_ident() != self._thread:
+                with suppress(TimeoutError):
+                    asyncio.run_coroutine_threadsafe(self.end(), self._loop).result(timeout)
+            else:
+                self._tenancy.leave_now(timeout, hosts=self._client.resolved)
+
+    async def _stay(self) -> None:
+        try:
+            address, port = await _place(
+                self._settings, self._client, self._server, on_failure=self._tenancy.set_trouble
             )
 
-        await tenancy.run(client, describe)
-    except ConsulPromError as error:
-        log.error("the metrics server is not registered: %s", error)
+            def describe(slot: Slot) -> Registration:
+                return build(
+                    self._settings,
+                    slot=slot,
+                    address=address,
+                    port=port,
+                    version=__version__,
+                    pid=os.getpid(),
+                    scheme="https" if self._server.https else "http",
+                    health_path=CHEAP_PAGE,
+                )
+
+            await self._tenancy.run(self._client, describe)
+        except ConsulPromError as error:
+            log.error("the metrics server is not registered: %s", error)
 
 
-async def _place(settings: Settings, client: AgentClient, server: MetricsHTTPServer) -> tuple[str, int]:
+async def _place(
+    settings: Settings, client: AgentClient, server: MetricsHTTPServer, *, on_failure: Callable[[AgentError], None]
+) -> tuple[str, int]:
     """Address and port to register.
 
     A server on all interfaces has a socket, and mostly a port, for each address family, and `socket` is any of them.
     """
     sockets = [(str(address), int(port)) for address, port, *_ in server._runner.addresses]  # noqa: SLF001
     bound = [place for place in sockets if not ipaddress.ip_address(place[0]).is_unspecified]
-    address = settings.address or (bound[0][0] if bound else await find_address(client.self_))
+    address = settings.address or (bound[0][0] if bound else await find_address(client.self_, on_failure=on_failure))
     family = ipaddress.ip_address(address).version
     for candidate, port in bound or sockets:
         if ipaddress.ip_address(candidate).version == family:
             return address, port
     raise EndpointError(f"the metrics server has no socket of the family of {address}: set CONSUL_PROM_ADDRESS")
-
-
-async def _registered(tenancy: Tenancy, task: "asyncio.Task[None]", timeout: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(timeout):
-            while not tenancy.registered and not task.done():  # noqa: ASYNC110  # nobody tells it when
-                await asyncio.sleep(0.01)
-    if not tenancy.registered:
-        raise EndpointError(f"not registered within CONSUL_PROM_START_TIMEOUT: {tenancy.trouble}")

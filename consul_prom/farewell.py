@@ -27,6 +27,11 @@ def expect(stop: Stop) -> None:
     _due.append(stop)
     if util := sys.modules.get("multiprocessing.util"):
         util.Finalize(None, _say_all, exitpriority=0)  # a forked child of multiprocessing's ends without atexit
+    hear()
+
+
+def hear() -> None:
+    """Handle SIGTERM if no one else does. Only the main thread can: another thread may `expect` after it has."""
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         _handle(_end)
 
@@ -35,8 +40,7 @@ def expect(stop: Stop) -> None:
 def said(stop: Stop) -> Iterator[None]:
     """While this lasts *stop* is done, which SIGTERM does not break off; it is not due any more."""
     _under_way.append(stop)
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        _handle(_end)
+    hear()
     try:
         yield
     finally:

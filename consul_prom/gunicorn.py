@@ -97,7 +97,7 @@ def post_worker_init(worker: "GunicornWorker") -> None:
         if signal.getsignal(number) is signal.SIG_DFL:  # uvicorn's class: it dies of the signal once it has shut down
             signal.signal(number, _exit)
     ours.start(keeps=False)
-    if ours.slot is not None:
+    if ours.served:
         try:
             logging.getLogger(LOG).addFilter(LogLines(REGISTRY))
         except ValueError as error:

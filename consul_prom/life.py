@@ -7,7 +7,9 @@ import socket
 import threading
 import time
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, suppress
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 from prometheus_client import CollectorRegistry
@@ -18,7 +20,7 @@ from consul_prom.care import take_care
 from consul_prom.client import AgentClient
 from consul_prom.continued import ContinuedRegistry
 from consul_prom.endpoint import Endpoint
-from consul_prom.errors import AgentError, ConsulPromError, EndpointError, LedgerError
+from consul_prom.errors import ConsulPromError, EndpointError, LedgerError, SlotError
 from consul_prom.ledger import Ledger, discard, is_large, ledger_path
 from consul_prom.linger import Signals, await_scrape
 from consul_prom.ownmetrics import OwnMetrics
@@ -26,10 +28,9 @@ from consul_prom.registrar import Tenancy
 from consul_prom.registration import Registration
 from consul_prom.settings import Settings
 from consul_prom.site import Site
-from consul_prom.slots import Slot, acquire, process_age, process_identity
+from consul_prom.slots import Slot, process_age, process_identity
 from consul_prom.thread import FORKING, MetricsThread
 from consul_prom.vigil import Vigil
-from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
 
@@ -65,20 +66,17 @@ class Life:
         self._probes: list[Future[Any]] = []
         self._signals = Signals()
         self._start_took = process_age(process_identity(self._pid))
-        with ExitStack() as undo:
-            slot = acquire(settings.dir, settings.service)
-            undo.callback(slot.release)  # whatever a registry of the application's own may raise
-            self._metrics = OwnMetrics(registry)
-            undo.pop_all()
-        self.tenancy = Tenancy(settings, slot, on_registration=self._registered, on_failure=self._metrics.failed)
+        self._metrics = OwnMetrics(registry)
+        self.tenancy = Tenancy(settings, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
-        self._first_slot = slot
+        self._first_slot: Slot | None = None
         self._ledger: Ledger | None = None
         self._continued: ContinuedRegistry | None = None
-        self._ledger_path = ledger_path(slot.directory, settings.service, slot.number)
-        self._later = is_large(self._ledger_path)
-        if not self._later:
-            self._continue()
+        self._decided = False
+        with suppress(SlotError):  # `run` tries it again, and logs why
+            slot = self._enter()
+            if not is_large(self._path_of(slot)):
+                self._continue(slot)
 
     @classmethod
     def shared(cls, settings: Settings, registry: CollectorRegistry) -> "Life":
@@ -101,12 +99,20 @@ class Life:
         """In a child: our metrics, copied with all of the parent, make room for the child's own."""
         self._metrics.close()
 
-    def _continue(self) -> None:
+    def _enter(self) -> Slot:
+        """Take a slot; raises SlotError."""
+        self._first_slot = self.tenancy.enter()
+        return self._first_slot
+
+    def _path_of(self, slot: Slot) -> Path:
+        return ledger_path(slot.directory, self.settings.service, slot.number)
+
+    def _continue(self, slot: Slot) -> None:
         """Count on from where the slot's workers before us were, unless values stay in memory."""
-        slot = self.tenancy.slot
+        self._decided = True
         try:
             if self.settings.ledger and slot.boot:
-                ledger = Ledger.take_over(self._ledger_path, boot=slot.boot, instance=self.tenancy.instance)
+                ledger = Ledger.take_over(self._path_of(slot), boot=slot.boot, instance=self.tenancy.instance)
                 self._continued = ContinuedRegistry(self._registry, ledger)
                 self._ledger = ledger
                 return
@@ -114,7 +120,7 @@ class Life:
             log.warning("the counters of %s live in memory: %s (CONSUL_PROM_LEDGER)", self.tenancy.instance, error)
         except Exception:
             log.exception("the counters of %s live in memory: an error not expected", self.tenancy.instance)
-        discard(self._ledger_path)  # or a later worker would continue it from below what we show
+        discard(self._path_of(slot))  # or a later worker would continue it from below what we show
 
     @property
     def mine(self) -> bool:
@@ -161,8 +167,9 @@ class Life:
             if self.settings.linger:
                 self._signals.watch()
             self.thread.start()
-            if self.settings.address or self.settings.port.first:
-                self.listen(self.settings.address or route_address())
+            if self.tenancy.slot and self._address_is_set:
+                with suppress(EndpointError):  # `run` tries it again, and logs why
+                    self.listen(self.tenancy.slot, self.settings.address or route_address())
             self.thread.spawn(self.run())
         if loop:
             self._probes.append(self.thread.spawn(self._metrics.probe(loop)))
@@ -219,11 +226,33 @@ class Life:
             pass  # `hurry` may come meanwhile
         doing.cancel()
 
-    def listen(self, address: str | None) -> None:
+    @property
+    def _address_is_set(self) -> bool:
+        """Whether the agent need not be asked."""
+        return bool(self.settings.address or self.settings.port.first)
+
+    def listen(self, slot: Slot, address: str | None) -> None:
         self._site.settle(address)
         before = self._ledger.port if self._ledger else 0
-        self._listener = self._site.listen(self.tenancy.slot.number, before=before)
+        self._listener = self._site.listen(slot.number, before=before)
         self.url = self._site.url(self._listener)
+
+    async def _settle(self, client: AgentClient) -> socket.socket:
+        """Take a slot, continue its counters and listen, as far as that has not been done yet.
+
+        Raises SlotError or EndpointError, which may pass.
+        """
+        slot = self.tenancy.slot or self._enter()
+        if not self._decided:
+            self._continue(slot)
+        if self._listener is None:
+            if self._address_is_set:
+                address = self.settings.address or route_address()
+            else:
+                address = await find_address(client.self_, on_failure=self.tenancy.set_trouble)
+            self.listen(slot, address)
+        assert self._listener  # noqa: S101  # `listen` has set it or raised
+        return self._listener
 
     async def run(self) -> None:
         """From the address on, until cancelled."""
@@ -231,16 +260,12 @@ class Life:
         try:
             with FORKING:  # a child forked in the middle of an import could never import the same
                 self._client = AgentClient(self.settings)
-            if self._later:
-                self._continue()
-            if self._listener is None:
-                self.listen(await find_address(self._client.self_))
+            listener = await self.tenancy.persist(partial(self._settle, self._client))
             registry = self._continued or self._registry
             self._endpoint = self._site.endpoint(registry, about=self._about, on_scrape=self._scraped)
-            assert self._listener  # noqa: S101  # `listen` has set it or raised
             if self._ledger:
-                self._ledger.port = self._listener.getsockname()[1]
-            await self._endpoint.serve(self._listener)
+                self._ledger.port = listener.getsockname()[1]
+            await self._endpoint.serve(listener)
             self._caring = asyncio.create_task(
                 take_care(self.settings, self._client, self._site, start_took=self._start_took)
             )
@@ -291,12 +316,7 @@ class Life:
 
     def leave_now(self, timeout: float) -> None:
         """The same from outside of the metrics thread, which does not answer."""
-        try:
-            if self._client and self.tenancy.registered:
-                deregister_now(self.settings, self.tenancy.entry_id, timeout=timeout, hosts=self._client.resolved)
-                self.tenancy.left = True  # or the thread, once it goes on, would remove a successor's
-        except AgentError as error:
-            self.tenancy.left_over(error)
+        self.tenancy.leave_now(timeout, hosts=self._client.resolved if self._client else ())
 
     async def close(self) -> None:
         try:
@@ -316,7 +336,8 @@ class Life:
         if self._listener:
             self._listener.close()
         self.url = None
-        self.tenancy.slot.release()
+        if self.tenancy.slot:
+            self.tenancy.slot.release()
 
     async def _fail(self, error: ConsulPromError) -> None:
         self._task = None  # which this is
@@ -331,13 +352,13 @@ class Life:
         assert self._listener  # noqa: S101  # `run` has it
         self._metrics.tell(host=self.settings.host, slot=slot.number)
         if slot is not self._first_slot:  # the directory was wiped, and our ledger with it; we count on in its memory
-            discard(ledger_path(slot.directory, self.settings.service, slot.number))
+            discard(self._path_of(slot))
             self._ledger = None
         return self._site.registration(slot, self._listener)
 
     def _registered(self, reason: str) -> None:
         self._metrics.registered(reason)
-        if self._client and self._client.resolved:
+        if self._client and self._client.resolved and self.tenancy.slot:
             self.tenancy.slot.occupy(self._client.resolved)
 
     def _about(self) -> dict[str, str]:

@@ -13,7 +13,8 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
 
 from consul_prom.errors import (
     AgentBusy,
@@ -23,6 +24,8 @@ from consul_prom.errors import (
     AgentFailed,
     AgentTimeout,
     AgentUnreachable,
+    ConsulPromError,
+    EndpointError,
     EntryTaken,
     SlotError,
     TokenUnreadable,
@@ -32,8 +35,11 @@ from consul_prom.settings import Settings
 from consul_prom.slots import Slot, acquire
 from consul_prom.snippets import write_rule
 from consul_prom.sparing import SparingLog
+from consul_prom.wire import deregister_now
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 WATCHING_SLOTS: Final = 64
 TURN: Final = 10.0
@@ -318,32 +324,35 @@ def _fails(checks: Sequence[Mapping[str, Any]]) -> bool:
 
 
 class Tenancy:
-    """A process in its slot, registered. Where the directory of the slots is wiped, it moves to a new slot.
+    """A process in its slot, registered. If the directory of the slots is wiped, the process moves to a new slot.
 
-    `left` says whether it was deregistered, or that this was tried for as long as there was time.
+    `slot` is None until `enter` succeeds. `left` says whether the entry was deregistered, or that this was tried for as
+    long as there was time.
     """
 
     def __init__(
         self,
         settings: Settings,
-        slot: Slot,
         *,
         on_registration: Callable[[str], None] = lambda _reason: None,
         on_failure: Callable[[str], None] = lambda _reason: None,
     ) -> None:
-        self.slot = slot
+        self.slot: Slot | None = None
         self.left = False
         self._settings = settings
         self._on_registration = on_registration
         self._on_failure = on_failure
         self._registrar: Registrar | None = None
+        self._before = ""
+        self._log = SparingLog(log)
 
     @property
     def instance(self) -> str:
-        return f"{self._settings.host}:{self.slot.number}"
+        return f"{self._settings.host}:{self.slot.number}" if self.slot else self._settings.host
 
     @property
     def entry_id(self) -> str:
+        assert self.slot  # noqa: S101  # nothing is registered without
         return entry_id(self._settings.service, self._settings.host, self.slot.number)
 
     @property
@@ -358,21 +367,47 @@ class Tenancy:
     @property
     def trouble(self) -> str:
         """Why it is not registered, as a sentence."""
+        if self._before and self.unasked:
+            return self._before
         return self._registrar.trouble if self._registrar else "the address is not known yet"
 
-    async def run(self, agent: AgentAPI, describe: Callable[[Slot], Registration]) -> None:
-        """Stay registered, until cancelled; *describe* makes the registration for a slot.
+    def set_trouble(self, error: ConsulPromError) -> None:
+        """Let `trouble` be *error* until the registrar has asked the agent."""
+        self._before = str(error)
 
-        Raises:
-            SlotError: the directory was wiped, and no new slot can be had.
-        """
+    def enter(self, *, prefer: int = 0) -> Slot:
+        """Take a slot; raises SlotError."""
+        self.slot = acquire(self._settings.dir, self._settings.service, prefer=prefer)
+        return self.slot
+
+    async def persist(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
+        """Repeat *attempt*, as the agent is asked again, until it raises neither SlotError nor EndpointError."""
+        delays = backoff(time.monotonic, randomness.random)
         while True:
-            wanted = describe(self.slot)
+            self._before = ""
+            try:
+                result = await attempt()
+            except (SlotError, EndpointError) as error:
+                self.set_trouble(error)
+                self._log.failed("Cannot serve %s: %s. Retrying.", self._settings.service, error, reason=str(error))
+                await asyncio.sleep(next(delays))
+            else:
+                self._log.over("%s can be served again", self._settings.service)
+                return result
+
+    async def run(self, agent: AgentAPI, describe: Callable[[Slot], Registration]) -> None:
+        """Stay registered, until cancelled; *describe* makes the registration for a slot."""
+        prefer = 0
+        while True:
+            slot = self.slot
+            if slot is None:
+                slot = await self.persist(partial(self._enter_again, prefer))
+            wanted, prefer = describe(slot), slot.number
             self._registrar = Registrar(
                 agent,
                 wanted,
-                watch=self.slot.number < WATCHING_SLOTS,
-                intact=lambda: self.slot.intact,
+                watch=slot.number < WATCHING_SLOTS,
+                intact=lambda: bool(self.slot and self.slot.intact),
                 on_registration=self._on_registration,
                 on_failure=self._on_failure,
             )
@@ -380,8 +415,11 @@ class Tenancy:
                 await self._registrar.run()
             except SlotError as error:
                 log.error("%s gives up its slot: %s; it starts again in a new one", wanted.id, error)
-                self.slot.release()
-                self.slot = acquire(self._settings.dir, self._settings.service, prefer=self.slot.number)
+                slot.release()
+                self.slot = self._registrar = None
+
+    async def _enter_again(self, prefer: int) -> Slot:
+        return self.enter(prefer=prefer)
 
     async def leave(self, timeout: float) -> None:
         """Deregister, after `run` was cancelled, or say in one line that the entry is left over."""
@@ -393,7 +431,8 @@ class Tenancy:
                         if self._registrar and await self._registrar.deregister():
                             log.info("deregistered %s", self.entry_id)
                         self.left = True
-                        if self._registrar and self._registrar.asked:  # else the slot's last worker may have left one
+                        # If it did not ask, the slot's last worker may have left an entry.
+                        if self.slot and self._registrar and self._registrar.asked:
                             self.slot.settle()
                     except (AgentBusy, AgentFailed, AgentUnreachable) as error:
                         trouble = error  # which may pass while there is time
@@ -406,12 +445,22 @@ class Tenancy:
         except AgentError as error:
             self.left_over(error)
 
+    def leave_now(self, timeout: float, *, hosts: Sequence[str]) -> None:
+        """`leave` without an event loop, because it does not answer or has ended; *hosts*: the agent's addresses."""
+        try:
+            if self.registered:
+                deregister_now(self._settings, self.entry_id, timeout=timeout, hosts=hosts)
+                self.left = True  # or the loop, if it goes on, would remove the entry of the slot's next worker
+        except AgentError as error:
+            self.left_over(error)
+
     def left_over(self, error: Exception) -> None:
         """Say so, once, and leave the entry to the sweep, for which a process that lives on would be alive."""
         if not self.left:
             self.left = True
-            self.slot.abandon()
-            tell_left_over(self.entry_id, error)
+            if self.slot:
+                self.slot.abandon()
+                tell_left_over(self.entry_id, error)
 
 
 def tell_left_over(entry_id: str, error: Exception) -> None:

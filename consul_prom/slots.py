@@ -69,12 +69,19 @@ class Slot:
         Asked from time to time, it keeps the directory from those who remove what nobody touched for days (tmpfiles.d).
         """
         try:
-            held, seen = os.fstat(_descriptor(self.lock)), Path(self.lock.lock_file).lstat()
+            held = os.fstat(_descriptor(self.lock))
+        except OSError:  # the lock was released
+            return False
+        with suppress(OSError):
             if time.time() - held.st_mtime > TOUCH:
                 os.utime(_descriptor(self.lock))
                 os.utime(self.directory / "id")
-        except OSError:
+        try:
+            seen = Path(self.lock.lock_file).lstat()
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:  # a directory that cannot be read is no other one, and nobody can lock anew in it
+            return True
         return (held.st_dev, held.st_ino) == (seen.st_dev, seen.st_ino)
 
     @property

@@ -71,11 +71,12 @@ class Worker:
 
     @property
     def slot(self) -> int | None:
-        return self._life.tenancy.slot.number if self._life and not self._life.failure else None
+        slot = self._life.tenancy.slot if self._life and not self._life.failure else None
+        return slot.number if slot else None
 
     @property
     def instance(self) -> str | None:
-        return self._life.tenancy.instance if self._life and not self._life.failure else None
+        return self._life.tenancy.instance if self._life and self.slot is not None else None
 
     @property
     def url(self) -> str | None:

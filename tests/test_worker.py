@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import importlib
+import itertools
 import logging
 import os
 import shutil
@@ -393,6 +395,138 @@ class TestAddress:
         assert "consul_prom_registered" in page(worker)
 
 
+class TestPassingTrouble:
+    """What may pass is one WARNING, tried again as the agent is, and one INFO once it has passed."""
+
+    def passes(self, worker: Worker, end: Callable[[], object], words: str, caplog: pytest.LogCaptureFixture) -> None:
+        """Start a *worker* that cannot start for the reason in *words*, until *end* ends that."""
+        caplog.set_level(logging.INFO)
+        worker.start()
+        warning = f"Cannot serve shop: {words}. Retrying."
+        wait_until(lambda: warning in caplog.text, within=10, what="the warning")
+        assert worker.url is None
+        assert not worker.registered
+        end()
+        registered(worker)
+        assert page(worker)
+        levels = [record.levelname for record in caplog.records if record.name.startswith("consul_prom")]
+        assert (levels.count("WARNING"), levels.count("ERROR")) == (1, 0)
+        assert "shop can be served again" in caplog.text
+
+    def test_directory(self, make: Make, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A directory that cannot be used when the worker starts."""
+        directory.touch()
+        worker = make()
+        words = f"CONSUL_PROM_DIR={str(directory)!r} is not a directory"
+        self.passes(worker, directory.unlink, words, caplog)
+        assert (worker.slot, worker.instance) == (0, "web-1:0")
+
+    def test_full_disk(
+        self, make: Make, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A disk that is full when the worker starts; what it counts meanwhile is in its ledger afterwards."""
+
+        def full(_directory: Path) -> str:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(slots, "_new_id", full)
+        registry = CollectorRegistry()
+        worker, hits = make(registry=registry), Counter("hits", "-", registry=registry)
+        words = f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: No space left on device"
+
+        def end() -> None:
+            assert worker.slot is None
+            hits.inc(3)
+            monkeypatch.undo()
+
+        self.passes(worker, end, words, caplog)
+        hits.inc(4)
+        assert "hits_total 7.0" in page(worker)
+        worker.stop()
+        again = CollectorRegistry()
+        Counter("hits", "-", registry=again)
+        successor = make(registry=again, address="127.0.0.1")
+        successor.start()
+        assert "hits_total 7.0" in page(successor)
+
+    def test_port(self, make: Make, caplog: pytest.LogCaptureFixture) -> None:
+        """A port that somebody else has for a moment."""
+        taken = socket.create_server(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        words = f"port {port} is taken on 127.0.0.1: set CONSUL_PROM_PORT to others, or to 0"
+        worker = make(address="127.0.0.1", port=port)
+        self.passes(worker, taken.close, words, caplog)
+        assert worker.url == f"http://127.0.0.1:{port}/metrics"
+
+    @pytest.mark.parametrize(
+        ("setting", "words"),
+        [
+            ({"address": "203.0.113.9"}, "203.0.113.9 is no address of this host"),
+            ({"dir": "/proc/none"}, "CONSUL_PROM_DIR='/proc/none' cannot be used"),
+        ],
+        ids=["address", "directory"],
+    )
+    def test_required(self, make: Make, registry: CollectorRegistry, setting: dict[str, str], words: str) -> None:
+        """REQUIRED raises after START_TIMEOUT, says the cause, and undoes the start."""
+        worker = make(required=True, start_timeout=0.3, **setting)
+        with pytest.raises(EndpointError, match=f"not registered within CONSUL_PROM_START_TIMEOUT: {words}"):
+            worker.start()
+        assert nothing(worker)
+        assert not list(registry.collect())
+        assert not threads()
+
+    def test_stopped_meanwhile(self, make: Make, directory: Path, registry: CollectorRegistry) -> None:
+        """A worker that is stopped before it has a slot leaves nothing behind."""
+        directory.touch()
+        worker = make(linger=5)
+        worker.start()
+        worker.stop()
+        assert nothing(worker)
+        assert not list(registry.collect())
+        assert not threads()
+
+    def test_unreadable_directory(
+        self,
+        agent: DevAgent,
+        make: Make,
+        directory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A worker stays registered while its directory cannot be read: it holds its lock, and loses no count."""
+        monkeypatch.setattr("consul_prom.registrar.TURN", 0.05)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        registered(worker)
+        looks, lstat = itertools.count(), Path.lstat
+
+        def refuse(path: Path) -> os.stat_result:
+            if path.parent == directory:
+                next(looks)
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return lstat(path)
+
+        monkeypatch.setattr(Path, "lstat", refuse)
+        wait_until(lambda: next(looks) > 20, within=20, what="some turns")
+        assert worker.registered
+        assert "gives up its slot" not in caplog.text
+
+    def test_wiped_and_not_usable(
+        self, make: Make, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A worker whose directory was replaced by one that cannot be used takes a slot as soon as it can be."""
+        monkeypatch.setattr("consul_prom.registrar.TURN", 0.05)
+        worker = make(address="127.0.0.1")
+        worker.start()
+        registered(worker)
+        shutil.rmtree(directory)
+        directory.touch()
+        wait_until(lambda: "is not a directory. Retrying." in caplog.text, within=20, what="a warning")
+        assert not worker.registered
+        directory.unlink()
+        registered(worker)
+
+
 class TestTrouble:
     """What goes wrong is one ERROR line, and the application goes on; with REQUIRED it raises."""
 
@@ -425,21 +559,6 @@ class TestTrouble:
         """prometheus_client's own multiprocess mode."""
         monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/somewhere")
         fails(make, "PROMETHEUS_MULTIPROC_DIR='/somewhere'")
-
-    def test_port_taken(self, make: Make, fails: Callable[..., None]) -> None:
-        """A port that somebody else has."""
-        with socket.create_server(("127.0.0.1", 0)) as taken:
-            port = taken.getsockname()[1]
-            fails(lambda **more: make(address="127.0.0.1", port=port, **more), f"port {port} is taken on 127.0.0.1")
-
-    def test_not_ours(self, make: Make, fails: Callable[..., None]) -> None:
-        """An address that is not ours."""
-        fails(lambda **more: make(address="203.0.113.9", **more), "203.0.113.9 is no address of this host")
-
-    def test_directory(self, make: Make, fails: Callable[..., None], tmp_path: Path) -> None:
-        """A directory that is none."""
-        (tmp_path / "file").touch()
-        fails(lambda **more: make(dir=tmp_path / "file", **more), "is not a directory")
 
     def test_thread(self, make: Make, fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
         """A system that gives no thread."""
@@ -497,6 +616,16 @@ class TestTrouble:
         """A wrong argument raises at once, required or not."""
         with pytest.raises(SettingsError, match="service='Shop'"):
             make(service="Shop")
+
+    @pytest.mark.parametrize("setting", [{}, {"address": "127.0.0.1"}], ids=["asked", "set"])
+    def test_required_and_refused(self, make: Make, setting: dict[str, str]) -> None:
+        """REQUIRED says that the agent refused, also while the worker waits for the agent to tell the address."""
+        with socket.socket() as closed:  # bound, and not listening
+            closed.bind(("127.0.0.1", 0))
+            agent = f"127.0.0.1:{closed.getsockname()[1]}"
+            worker = make(required=True, start_timeout=1, consul_http_addr=agent, **setting)
+            with pytest.raises(EndpointError, match=r"CONSUL_PROM_START_TIMEOUT: .*Connection refused"):
+                worker.start()
 
     def test_required_without_agent(self, agent: DevAgent, make: Make, registry: CollectorRegistry) -> None:
         """REQUIRED raises when the agent does not answer within START_TIMEOUT, and undoes the start."""
@@ -732,8 +861,10 @@ def test_fork(agent: DevAgent, make: Make) -> None:
     assert "shop.web-1.0" in agent.state.services
     assert "consul_prom_registered 1.0" in page(worker)
     assert worker._life
-    assert worker._life.tenancy.slot.intact
-    assert slots.try_slot(worker._life.tenancy.slot.directory, "shop", 0) is None
+    slot = worker._life.tenancy.slot
+    assert slot
+    assert slot.intact
+    assert slots.try_slot(slot.directory, "shop", 0) is None
 
 
 async def test_lag(make: Make) -> None:
@@ -1042,15 +1173,15 @@ class TestLedger:
     ) -> None:
         """A worker that has failed, and so disposed of what it had, takes nothing from its successor when it stops."""
 
-        async def nowhere(_self: object) -> str:
-            raise EndpointError("there is no address")
+        def none(*_: object, **__: object) -> None:
+            raise EndpointError("there is no endpoint")
 
         with monkeypatch.context() as patch:
-            patch.setattr("consul_prom.life.find_address", nowhere)
+            patch.setattr("consul_prom.life.Site.endpoint", none)
             failed = make()
             failed.start()
             wait_until(lambda: failed._life and failed._life.failure, within=10, what="a failure")
-        assert [record.message for record in caplog.records] == ["consul-prom is off: there is no address"]
+        assert [record.message for record in caplog.records] == ["consul-prom is off: there is no endpoint"]
         successor = make(address="127.0.0.1")
         successor.start()
         failed.stop()
