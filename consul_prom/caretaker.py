@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, Protocol
 
 from consul_prom import slots
 from consul_prom.errors import AgentDenied, AgentError, AgentTimeout, AgentUnreachable, ConsulPromError
-from consul_prom.registration import MARKER, entry_id, is_of, is_ours, parse_entry_id
+from consul_prom.registration import MARKER, entry_id, is_of, is_on, is_ours, parse_entry_id
 from consul_prom.snippets import write_rule
 from consul_prom.sparing import SparingLog
 
@@ -272,7 +272,7 @@ def _judge(entry: Entry, host: str, locks: ExitStack) -> Verdict:
         meta.get(key) for key in ("service", "host", "slot")
     ):
         return Verdict("unknown", "its ID does not fit its meta")
-    if parts.host != host:
+    if not is_on(entry, host):
         return Verdict("unknown", f"it is of the host {parts.host}, and this is {host}")
     process = _by_process(meta)
     lock = _by_lock(meta, parts.service, parts.slot, locks)

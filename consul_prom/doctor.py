@@ -22,7 +22,7 @@ from consul_prom.errors import AgentDenied, AgentError, ConsulPromError
 from consul_prom.finding import Finding, listed, number_of
 from consul_prom.ledger import STEP, ledger_path
 from consul_prom.registrar import WATCHING_SLOTS
-from consul_prom.registration import is_of, is_worker, origin, parse_entry_id
+from consul_prom.registration import is_of, is_on, is_worker, origin, parse_entry_id
 from consul_prom.settings import Settings, check_named, check_worker
 from consul_prom.snippets import write_rule
 from consul_prom.webconfig import WebConfig
@@ -57,7 +57,7 @@ class _Seen:
 
     @property
     def here(self) -> list[Entry]:
-        return [entry for entry in self.entries if entry["Meta"].get("host") == self.settings.host]
+        return [entry for entry in self.entries if is_on(entry, self.settings.host)]
 
     @property
     def workers(self) -> list[Entry]:
@@ -276,7 +276,7 @@ async def _claims(seen: _Seen) -> Finding:
 
 async def _limits(seen: _Seen) -> Finding:
     """Each worker of the first slots holds a connection; other users of the agent are not seen from here."""
-    here = [entry for entry in seen.everyone if entry["Meta"].get("host") == seen.settings.host]
+    here = [entry for entry in seen.everyone if is_on(entry, seen.settings.host)]
     ids = [parse_entry_id(entry["ID"]) for entry in here if is_worker(entry["Meta"])]
     held = sum(1 for parts in ids if parts and parts.slot in range(WATCHING_SLOTS))
     limit = int((seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient") or 200)

@@ -14,7 +14,7 @@ from consul_prom.caretaker import Entry, Outcome, Verdict
 from consul_prom.client import AgentClient
 from consul_prom.command import FINDING, nothing_found, print_json, reads, with_agent
 from consul_prom.ledger import Contents, Family, Series
-from consul_prom.registration import origin
+from consul_prom.registration import is_on, origin
 from consul_prom.screen import Screen
 from consul_prom.settings import Settings
 
@@ -117,7 +117,7 @@ def deregister(settings: Settings, *, dry_run: bool, ids: Sequence[str], everyth
             found = [await _entry(agent, entry_id) for entry_id in dict.fromkeys(ids)]
         else:
             every = await caretaker.entries(agent, service=settings.service)
-            found = [entry for entry in every if entry["Meta"].get("host") == settings.host]
+            found = [entry for entry in every if is_on(entry, settings.host)]
             elsewhere.extend(entry for entry in every if entry not in found)
         sweep = caretaker.sweep(agent, found, host=settings.host, forced=everything or bool(ids), dry_run=dry_run)
         async with aclosing(sweep):

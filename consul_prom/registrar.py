@@ -263,11 +263,18 @@ class Registrar:
         if not is_ours(document):
             raise EntryTaken(f"the ID {self._wanted.id} belongs to an entry that is not ours: set CONSUL_PROM_HOST")
         if not _fails(await self._agent.checks(self._wanted.id)):
-            pid, directory = document["Meta"].get("pid"), document["Meta"].get("dir")
-            raise EntryTaken(
-                f"the ID {self._wanted.id} belongs to pid {pid} of another directory ({directory}): "
-                "set CONSUL_PROM_HOST so that the two differ"
+            raise EntryTaken(f"the ID {self._wanted.id} belongs to {self._rival(document['Meta'])}")
+
+    def _rival(self, meta: Mapping[str, str]) -> str:
+        """Name the process that has our ID from another directory, and what ends that."""
+        pid, directory, ours = meta.get("pid"), str(meta.get("dir")), self._wanted.meta
+        place, system = directory.partition(":")[2], str(meta.get("proc")).rpartition(".")[0]  # boot and pid namespace
+        if system and (place, system) == (ours["dir"].partition(":")[2], ours["proc"].rpartition(".")[0]):
+            return (
+                f"pid {pid}, which has it from before {place} was emptied or replaced (CONSUL_PROM_DIR): "
+                "retrying until that process gives it up or fails its check"
             )
+        return f"pid {pid} of another directory ({directory}): set CONSUL_PROM_HOST so that the two differ"
 
     async def _wait(self, entry: EntryLike) -> EntryLike | None:
         """Until it is time to look again: the entry has changed, or the time is over. The entry if that has read it."""

@@ -188,6 +188,11 @@ def is_worker(meta: Mapping[str, str]) -> bool:
     return "adopted" not in meta and meta.get("slot") != place(MASTER)
 
 
+def is_on(entry: Mapping[str, Any], host: str) -> bool:
+    """Whether an entry of ours belongs to *host*; older versions kept the capitals of the host's name."""
+    return str(entry["Meta"].get("host")).lower() == host
+
+
 def is_of(entry: Mapping[str, Any], directory: Path) -> bool:
     """Whether an entry of ours belongs to a slot of *directory*, whose lock then tells whether its worker lives."""
     return is_ours(entry) and entry["Meta"].get("dir") == f"{directory_id(directory)}:{directory}"

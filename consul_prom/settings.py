@@ -75,7 +75,7 @@ ROWS: Final = (
         "CONSUL_PROM_HOST",
         "name",
         "",
-        "The host's part of instance, never an address.",
+        "The host's part of instance, in lower case; never an address.",
         parse_host,
         shown="the host name",
     ),

@@ -83,7 +83,7 @@ def parse_host(value: str) -> str:
     try:
         ipaddress.ip_address(value)
     except ValueError:
-        return value
+        return value.lower()  # two IDs that differ only in case are one in Consul's catalogue
     raise ValueError("must be a name, not an address (CONSUL_PROM_ADDRESS is for that)")
 
 

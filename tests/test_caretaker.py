@@ -230,6 +230,13 @@ def test_other_host() -> None:
     assert (verdict.state, verdict.proof) == ("unknown", "it is of the host web-1, and this is web-2")
 
 
+def test_host_in_upper_case() -> None:
+    """An entry whose host has capitals, of a version that kept them, is of the same host."""
+    old = entry(host="WEB-1", instance="WEB-1:0", proc=proc(), pid=str(dead_pid()))
+    verdict = judge({**old, "ID": "shop.WEB-1.0"})
+    assert verdict.state == "dead"
+
+
 def test_process_proof() -> None:
     """Of the same boot and namespace, a process is alive, gone, or a later one of the same pid."""
     assert judge(entry(proc=proc(), pid=str(ME))) == Verdict("alive", f"the process {ME} lives")

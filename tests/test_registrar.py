@@ -157,6 +157,18 @@ class TestSync:
         assert entry
         assert entry.document["Meta"]["pid"] == "99"
 
+    async def test_replaced_directory(self, client: AgentClient, other: AgentClient) -> None:
+        """If the other directory was ours before it was replaced, the message says what ends that."""
+        before = {"dir": f"xyz:{WANTED.meta['dir'].partition(':')[2]}", "pid": "99", "proc": "boot.4026.100"}
+        await other.register(registration(port=1, meta=before).document())
+        registrar = Registrar(client, registration(meta={"proc": "boot.4026.200"}))
+        with pytest.raises(EntryTaken, match=r"pid 99, .* was emptied or replaced .*: retrying until") as caught:
+            await registrar.sync()
+        assert "CONSUL_PROM_HOST" not in str(caught.value)
+        container = Registrar(client, registration(meta={"proc": "boot.4027.200"}))
+        with pytest.raises(EntryTaken, match="set CONSUL_PROM_HOST"):
+            await container.sync()
+
     async def test_other_directory_critical(self, client: AgentClient, other: AgentClient) -> None:
         """A critical entry of another directory is taken over: its process does not answer."""
         await other.register(registration(port=1, check_interval=1, meta={"dir": "xyz:/other"}).document())

@@ -222,6 +222,11 @@ class TestNames:
         """A Consul service has 63 characters at most."""
         assert "at most 63 characters" in _refusal({"consul_service": name})
 
+    def test_host_is_lower_case(self) -> None:
+        """A host is lower case: Consul's catalogue keeps one of two IDs that differ only in case."""
+        assert _load({"host": "Web-1.Example"}).host == "web-1.example"
+        assert load({}, environ={}, hostname=lambda: "WEB-1").host == "web-1"
+
     @pytest.mark.parametrize("host", ["web_1", "a b", "h" * 254, "wéb", ""])
     def test_wrong_hosts(self, host: str) -> None:
         """A host that is set is not made fit but refused."""
