@@ -1,6 +1,7 @@
 """Slots without a worker, whose last pages are served until they are wanted or old."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -201,6 +202,39 @@ async def test_newborn(
     assert len(caretaker.ports) == 1
     slot.release()
     assert 7.0 in list(ledger.cells[:200])
+
+
+async def test_glances_are_cheap(
+    agent: DevAgent, caretaker: Caretaker, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While nothing happens no lock file is read, however many slots are adopted; who asks is noticed all the same."""
+    monkeypatch.setattr(slots, "PATIENCE", 5.0)
+    held = [live(slot_directory, 5)[0] for _ in range(5)]
+    for slot in held:
+        slot.settle()
+        slot.release()
+    await caretaker.adoption.turn()
+    await eventually(lambda: all(adopted(agent, number)() for number in range(5)), within=10, what="adopted")
+    reads, slept = list[Path](), itertools.count()
+    read, sleep = slots._read, asyncio.sleep
+
+    def noted_read(path: Path) -> object:
+        reads.append(path)
+        return read(path)
+
+    async def noted_sleep(delay: float) -> None:
+        if delay == adoption.GLANCE:
+            next(slept)
+        await sleep(delay)
+
+    monkeypatch.setattr(asyncio, "sleep", noted_sleep)
+    await eventually(lambda: next(slept) > 20, within=10, what="some glances")
+    monkeypatch.setattr(slots, "_read", noted_read)
+    await eventually(lambda: next(slept) > 60, within=10, what="some more")
+    assert not reads
+    slot, _ = await asyncio.to_thread(live, slot_directory, 2)
+    assert slot.number == 0
+    slot.release()
 
 
 async def test_retained(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:

@@ -113,10 +113,12 @@ class Caretaker:
             await self._adoption.end()
             return
         self._machine.served.clear()  # its sockets have closed
-        for number, task in self._adoption._adopted.items():
+        for number in self._adoption._adopted:
             slots.path_of(self.worker.held.directory, "shop", number).write_text(f"{DEAD} adopted", encoding="ascii")
+        tasks = list(self._adoption._tasks)
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._adoption._adopted.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, slot: Slot, page: CollectorRegistry, _port: int) -> "Guest":
         guest = self._machine.served[slot.number] = Guest(self, slot.number, page, self._machine)
