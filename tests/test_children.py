@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from consul_prom import slots
 from consul_prom.devagent import DevAgent
+from tests.services.waiting import wait_until
 from tests.workers import Workers
 
 SCRIPT = """
@@ -88,3 +92,47 @@ def test_has_nothing(agent: DevAgent, slot_directory: Path, tmp_path: Path, how:
     assert child["tasks"] == 1
     assert not agent.state.services, "neither the worker's, which has ended, nor a child's"
     assert slots.abandoned(slot_directory, "shop") == []
+
+
+POOL = """
+import multiprocessing
+import consul_prom
+from prometheus_client import Counter
+
+DONE = Counter("done", "Tasks.")
+
+def work(number):
+    with consul_prom.running(linger=60):
+        DONE.inc()
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        for number in range(2):
+            pool.apply_async(work, (number,))
+        pool.close()
+        pool.join()
+"""
+
+
+def test_pool(agent: DevAgent, slot_directory: Path, tmp_path: Path) -> None:
+    """A pool that ends by close and join waits until each task's counts were scraped, as README says."""
+    script = tmp_path / "script.py"
+    script.write_text(POOL)
+    environment = Workers(agent, slot_directory)._environment({"CONSUL_PROM_ADDRESS": "127.0.0.1"})
+    seen = dict[str, float]()
+
+    def scrape() -> None:
+        for entry in list(agent.state.services.values()):
+            with suppress(OSError):  # it may just have ended
+                page = urllib.request.urlopen(f"http://127.0.0.1:{entry.port}/metrics", timeout=5).read().decode()
+                if found := re.search(r"^done_total (.+)$", page, re.MULTILINE):
+                    seen[entry.service_id] = float(found[1])
+
+    with subprocess.Popen([sys.executable, str(script)], env=environment) as process:
+
+        def ended() -> bool:
+            scrape()
+            return process.poll() is not None
+
+        wait_until(ended, within=100, what="the end of the pool")
+    assert (process.returncode, sum(seen.values())) == (0, 2.0)
