@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from consul_prom.errors import ConsulPromError
-from consul_prom.settings import load
+from consul_prom.settings import Settings, load
 from consul_prom.sparing import SparingLog
 from consul_prom.tally import LOG, Tally
 from consul_prom.undertaker import Undertaker
@@ -25,6 +25,7 @@ class Master:
         self._pid = os.getpid()
         self._uid = uid
         self._gid = gid
+        self._settings: Settings | None = None
         self._tally: Tally | None = None
         self._undertaker: Undertaker | None = None
         self._log = SparingLog(log)
@@ -32,14 +33,12 @@ class Master:
             settings = load({}, uid=lambda: uid)
             if settings.disabled:
                 return
-            self._undertaker = Undertaker(settings)
-            if settings.service:
-                self._tally = Tally(settings.dir, settings.service, writing=self._as_worker)
-                logging.getLogger(LOG).addFilter(self._tally)
-            else:
+            self._settings, self._undertaker = settings, Undertaker(settings)
+            if not settings.service:
                 log.warning(
                     "CONSUL_PROM_SERVICE is not set: only workers whose application calls consul_prom.setup are served"
                 )
+            self._counts()
 
     @property
     def mine(self) -> bool:
@@ -47,18 +46,25 @@ class Master:
         return self._pid == os.getpid()
 
     def workers(self, *, wanted: int, alive: int) -> None:
-        if self._tally:
-            with self._unharmed():
-                self._tally.workers(wanted=wanted, alive=alive)
+        with self._unharmed():
+            if tally := self._counts():
+                tally.workers(wanted=wanted, alive=alive)
+
+    def _counts(self) -> Tally | None:
+        """The tally of a service, begun as soon as the directory can be used; raises SlotError until then."""
+        if self._tally is None and self._settings and self._settings.service:
+            self._tally = Tally(self._settings.dir, self._settings.service, writing=self._as_worker)
+            logging.getLogger(LOG).addFilter(self._tally)
+        return self._tally
 
     def bury(self, pid: int, *, timeout: bool, left: bool) -> None:
         """A worker is gone: for its *timeout*, or it *left* of itself, or else."""
         with self._unharmed():
-            if self._tally:
-                self._tally.exited(pid, timeout=timeout, left=left)
             if self._undertaker:
                 with self._as_worker():
                     self._undertaker.bury(pid)
+            if tally := self._counts():
+                tally.exited(pid, timeout=timeout, left=left)
 
     def stop(self, *, dying: Callable[[], bool]) -> None:
         """The end; *dying*: whether workers that were killed are still there."""

@@ -79,6 +79,24 @@ def test_misset(
     assert len(caplog.records) == 1
 
 
+def test_directory_fails_at_the_start(agent: DevAgent, slot_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A directory that cannot be used at the start is tried again at each event; the dead are seen to meanwhile."""
+    caplog.set_level(logging.INFO)
+    slot_directory.rmdir()
+    slot_directory.touch()
+    master = make()
+    master.workers(wanted=2, alive=1)
+    slot_directory.unlink()
+    slot_directory.mkdir(mode=0o700)
+    master.workers(wanted=2, alive=2)
+    assert Masters(slot_directory, "shop").living()["0"]["wanted"] == 2
+    logging.getLogger(LOG).error("a line")
+    assert Masters(slot_directory, "shop").living()["0"]["lines"]["error"] == 1
+    assert [record.levelname for record in caplog.records if record.name != LOG] == ["WARNING", "INFO"]
+    master.stop(dying=lambda: False)
+    assert not logging.getLogger(LOG).filters
+
+
 def test_disabled(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off, it does nothing."""
     monkeypatch.setenv("CONSUL_PROM_DISABLED", "true")
