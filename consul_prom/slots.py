@@ -378,8 +378,12 @@ def _new_id(directory: Path) -> str:
             os.fsync(file.fileno())  # an id that is empty after a power loss would shut the directory for ever
         with suppress(FileExistsError):
             os.link(aside, directory / "id")
+    except OSError as error:
+        error.filename = str(directory)  # the name aside is random, and a lasting failure has to keep its sentence
+        raise
     finally:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
     identity = directory_id(directory)
     if identity is None:
         raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r} does not keep the file 'id' that we wrote")

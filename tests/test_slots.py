@@ -496,6 +496,24 @@ class TestDirectory:
         assert list(slot_directory.iterdir()) == []
         assert acquire(slot_directory, "shop").number == 0
 
+    def test_sentence_stays_the_same(self, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A failure that lasts has one sentence, by which a log knows it: no random file name is in it."""
+
+        def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+            def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+                if path.name.startswith("id."):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+                return real(path, *arguments, **options)
+
+            return refuse
+
+        for name in ("open", "unlink"):
+            monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+        wanted = f"CONSUL_PROM_DIR={str(slot_directory)!r} cannot be used: Permission denied"
+        for _ in range(2):
+            with pytest.raises(SlotError, match=f"^{re.escape(wanted)}$"):
+                acquire(slot_directory, "shop")
+
     @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EMFILE, errno.EDQUOT])
     def test_lock_file_cannot_be_made(self, slot_directory: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         """A lock file that cannot be made is a sentence, not the next slot's turn."""
