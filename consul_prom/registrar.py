@@ -455,7 +455,7 @@ class Tenancy:
     def leave_now(self, timeout: float, *, hosts: Sequence[str]) -> None:
         """`leave` without an event loop, because it does not answer or has ended; *hosts*: the agent's addresses."""
         try:
-            if self.registered:
+            if self._registrar and self._registrar.asked:
                 deregister_now(self._settings, self.entry_id, timeout=timeout, hosts=hosts)
                 self.left = True  # or the loop, if it goes on, would remove the entry of the slot's next worker
         except AgentError as error:
