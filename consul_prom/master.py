@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from consul_prom.errors import ConsulPromError
-from consul_prom.settings import load
-from consul_prom.sparing import SparingLog
+from consul_prom.errors import ConsulPromError, SettingsError
+from consul_prom.settings import NO_SERVICE, load
+from consul_prom.sparing import SparingLog, first_time
 from consul_prom.tally import LOG, Tally
 from consul_prom.undertaker import Undertaker
 
@@ -28,6 +28,8 @@ class Master:
         self._tally: Tally | None = None
         self._undertaker: Undertaker | None = None
         self._log = SparingLog(log)
+        self._whole = False
+        """Whether no part of it is missing since its start."""
         with self._unharmed():
             settings = load({}, uid=lambda: uid)
             if settings.disabled:
@@ -36,10 +38,11 @@ class Master:
             if settings.service:
                 self._tally = Tally(settings.dir, settings.service, writing=self._as_worker)
                 logging.getLogger(LOG).addFilter(self._tally)
-            else:
+            elif first_time(NO_SERVICE):
                 log.warning(
-                    "CONSUL_PROM_SERVICE is not set: only workers whose application calls consul_prom.setup are served"
+                    "CONSUL_PROM_SERVICE is not set: workers are served only if the application passes service="
                 )
+            self._whole = True
 
     @property
     def mine(self) -> bool:
@@ -74,6 +77,9 @@ class Master:
     def _unharmed(self) -> Iterator[None]:
         try:
             yield
+        except SettingsError as error:
+            if first_time(str(error)):
+                log.error("consul-prom is off: %s", error)
         except (ConsulPromError, OSError) as error:
             self._log.failed(
                 "consul-prom cannot do its part in Gunicorn's master: %s", error, reason=type(error).__name__
@@ -81,7 +87,7 @@ class Master:
         except Exception:
             log.exception("consul-prom did not expect this in Gunicorn's master")
         else:
-            if self._undertaker:  # or it has no part
+            if self._whole:
                 self._log.over("consul-prom does its part in Gunicorn's master again")
 
     @contextmanager

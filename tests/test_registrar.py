@@ -303,7 +303,7 @@ class TestRun:
     async def test_outage(
         self, agent: DevAgent, client: AgentClient, run: Callable[[Registrar], Any], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """An outage is one WARNING, and one INFO when it is over; the reason's change is one more WARNING."""
+        """An outage is one WARNING, and one more when it is over; the reason's change is one more."""
         caplog.set_level(logging.INFO, "consul_prom.registrar")
         failures = list[str]()
         registrar = Registrar(client, WANTED, sleep=_soon, on_failure=failures.append)
@@ -316,7 +316,7 @@ class TestRun:
         agent.fault = None
         await eventually(lambda: registrar.registered, within=5, what="registered")
         levels = [record.levelname for record in caplog.records]
-        assert levels == ["WARNING", "WARNING", "INFO", "INFO"]
+        assert levels == ["WARNING", "WARNING", "INFO", "WARNING"]
         assert 'the token needs the rule: service "shop-metrics" { policy = "write" }' in caplog.records[1].getMessage()
 
     async def test_outage_of_an_hour(
