@@ -35,6 +35,7 @@ from consul_prom.wire import (
     SOMETHING,
     WITHHELD,
     expect,
+    no_json,
     raise_for_status,
     request_headers,
     scope,
@@ -42,6 +43,7 @@ from consul_prom.wire import (
     text_of,
     tls_context,
     who,
+    wrong_json,
 )
 
 CALL_TIMEOUT: Final = 5.0
@@ -104,21 +106,22 @@ class AgentClient:
             document = await self._transport.get(self._json(), path, params, headers, patience=patience)
         except AgentNotFound:
             return None
-        if service_document(document).get("ID") != entry_id:
-            raise AgentConfused(f"{SOMETHING} sent JSON that is not the entry {entry_id}: {json.dumps(document)[:100]}")
+        if service_document(self._settings, document).get("ID") != entry_id:
+            raise wrong_json(self._settings, f"JSON that is not the entry {entry_id}", document)
         return Entry(document, str(document.get("ContentHash", "")))
 
     async def services(self, expression: str) -> dict[str, dict[str, Any]]:
         """The entries that *expression* selects, by ID. Without a right on them they are missing, without a word."""
         params = {"filter": expression}
         found = await self._transport.get(self._json(), "/v1/agent/services", params, most=LARGEST_ANSWER)
-        return {key: service_document(document) for key, document in expect(found, dict).items()}
+        entries = expect(self._settings, found, dict)
+        return {key: service_document(self._settings, document) for key, document in entries.items()}
 
     async def checks(self, entry_id: str) -> list[dict[str, Any]]:
         """The checks of one entry, with their status."""
         params = {"filter": f'ServiceID == "{entry_id}"'}
         found = await self._transport.get(self._json(), "/v1/agent/checks", params)
-        return [expect(check, dict) for check in expect(found, dict).values()]
+        return [expect(self._settings, check, dict) for check in expect(self._settings, found, dict).values()]
 
     async def catalogued(self, name: str, entry_id: str, node: str) -> bool:
         """Whether the catalogue, which is what Prometheus reads, has the entry; without ``node:read``, may have it."""
@@ -135,7 +138,7 @@ class AgentClient:
         found = await self._transport.get(
             _found_and_told, f"/v1/catalog/service/{quote(name, safe='')}", most=LARGEST_ANSWER
         )
-        return [expect(entry, dict) for entry in found]
+        return [expect(self._settings, entry, dict) for entry in found]
 
     async def may_write(self, name: str) -> bool:
         """Whether the token may register *name*; Consul's own UI asks this way. Without ACLs everybody may."""
@@ -146,7 +149,7 @@ class AgentClient:
             if "ACL support disabled" in str(error):
                 return True
             raise
-        return all(expect(answer, dict).get("Allow") for answer in found)
+        return all(expect(self._settings, answer, dict).get("Allow") for answer in found)
 
     async def deregister_from_catalogue(self, entry_id: str, node: str) -> None:
         """Remove an entry that the agent no longer has, but lacked the right to remove from the catalogue."""
@@ -155,13 +158,17 @@ class AgentClient:
             await self._transport.put(self._json(), "/v1/catalog/deregister", data=body)
 
     @property
+    def _settings(self) -> Settings:
+        return self._transport.settings
+
+    @property
     def credentials(self) -> int:
         """Equal for as long as the token is the same; it says nothing of the token."""
-        return hash(request_headers(self._transport.settings).get("X-Consul-Token", ""))
+        return hash(request_headers(self._settings).get("X-Consul-Token", ""))
 
     async def self_(self) -> dict[str, Any]:
         """The agent's configuration and member record."""
-        return expect(await self._agent.self(), dict)
+        return expect(self._settings, await self._agent.self(), dict)
 
     @property
     def resolved(self) -> tuple[str, ...]:
@@ -256,11 +263,11 @@ class _Transport:
             )
             async with response:
                 text = await _read(response, most)
-        raise_for_status(self.settings, response.status, text)
+        raise_for_status(self.settings, response.status, text, response.headers.get("Location", ""))
         try:
             return callback(Response(response.status, response.headers, text, text.encode()))
         except (ValueError, RecursionError):
-            raise AgentConfused(f"{who(self.settings)} sent no JSON: {text[:100]!r}") from None
+            raise no_json(self.settings, text) from None
 
     @asynccontextmanager
     async def _mapped(self, deadline: float) -> AsyncIterator[None]:
@@ -275,7 +282,7 @@ class _Transport:
                 # How the 429 for one connection too many looks there: the agent does not wait for the request.
                 raise AgentBusy(f"{agent} hung up: its users share limits.http_max_conns_per_client") from error
             self._tls = None  # certificates expire, and are replaced in their files
-            raise AgentUnreachable(f"{agent}: {text_of(error)}") from error
+            raise AgentUnreachable(f"{agent}: {text_of(self.settings, error)}") from None
 
     def _context(self) -> ssl.SSLContext | bool:
         if self._tls is None and self.settings.consul_http_addr.scheme == "https":

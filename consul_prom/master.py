@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from consul_prom.errors import ConsulPromError
-from consul_prom.settings import Settings, load
-from consul_prom.sparing import SparingLog
+from consul_prom.errors import ConsulPromError, SettingsError
+from consul_prom.settings import NO_SERVICE, Settings, load
+from consul_prom.sparing import SparingLog, first_time
 from consul_prom.tally import LOG, Tally
 from consul_prom.undertaker import Undertaker
 
@@ -34,9 +34,9 @@ class Master:
             if settings.disabled:
                 return
             self._settings, self._undertaker = settings, Undertaker(settings)
-            if not settings.service:
+            if not settings.service and first_time(NO_SERVICE):
                 log.warning(
-                    "CONSUL_PROM_SERVICE is not set: only workers whose application calls consul_prom.setup are served"
+                    "CONSUL_PROM_SERVICE is not set: workers are served only if the application passes service="
                 )
             self._counts()
 
@@ -80,6 +80,9 @@ class Master:
     def _unharmed(self) -> Iterator[None]:
         try:
             yield
+        except SettingsError as error:
+            if first_time(str(error)):
+                log.error("consul-prom is off: %s", error)
         except (ConsulPromError, OSError) as error:
             self._log.failed(
                 "consul-prom cannot do its part in Gunicorn's master: %s", error, reason=type(error).__name__

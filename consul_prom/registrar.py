@@ -106,6 +106,8 @@ class Registrar:
         self._log = SparingLog(log, clock=clock)
         self._repairs: deque[float] = deque(maxlen=MOST_REPAIRS)
         self._missed = 0
+        self._cut_off = False
+        """Whether the last blocking read failed, and the agent has not answered since."""
         self._watch_from = -math.inf
         self._writing: asyncio.Future[None] | None = None
         self.asked = False
@@ -134,7 +136,9 @@ class Registrar:
                 delays = None
                 seen = await self._wait(seen)
             except AgentError as error:
-                self._missed = 0
+                # The agent is down: no proxy ended the blocking read, and nobody undid our repairs.
+                self._missed, self._cut_off = 0, False
+                self._repairs.clear()
                 if isinstance(error, AgentBusy):
                     self._watch_from = self._clock() + UNWATCHED
                 self._failed(error)
@@ -279,33 +283,37 @@ class Registrar:
     async def _wait(self, entry: EntryLike) -> EntryLike | None:
         """Until it is time to look again: the entry has changed, or the time is over. The entry if that has read it."""
         turn, begun = TURN * (0.8 + 0.4 * self._random()), self._clock()
+        if self._cut_off:
+            self._count_missed(turn)
         if not self._watch or begun < self._watch_from or self._embattled(begun):
             await self._sleep(turn)
             return None
         try:
             seen = await self._agent.service(self._wanted.id, content_hash=entry.content_hash, wait=turn)
-        except AgentError as error:
-            await self._sleep(self._missed_watch(error, turn))
+        except AgentBusy:
+            self._watch_from = self._clock() + UNWATCHED
+            await self._sleep(turn)
             return None
+        except AgentError as error:
+            self._on_failure(error.reason)
+            self._cut_off = True
+            return None  # without a pause, in which an agent could restart unseen
         self._missed = 0
         if seen and seen.content_hash == entry.content_hash and self._clock() - begun < turn / 2:
             await self._sleep(0.5 + self._random())  # an agent that shuts down ends the wait early
             return None
         return seen
 
-    def _missed_watch(self, error: AgentError, turn: float) -> float:
-        """How long to wait after a blocking read that failed; the next turn will tell whether the agent has gone.
+    def _count_missed(self, turn: float) -> None:
+        """Poll for a while if blocking reads fail again and again, and the agent answers right after each of them.
 
-        Where that goes well each time, there is no connection to spare for us to hold, or a proxy with less patience.
+        Then a proxy has less patience, or spares us no connection that we could hold. An agent that restarts refuses
+        connections for 0.1 s at least.
         """
-        if isinstance(error, AgentBusy):
-            self._watch_from = self._clock() + UNWATCHED
-            return turn
-        self._on_failure(error.reason)
+        self._cut_off = False
         self._missed += 1
         if self._missed > 1:
             self._watch_from = self._clock() + min(turn * 2 ** min(self._missed, 10), UNWATCHED)
-        return self._random()
 
     def _embattled(self, now: float) -> bool:
         """Whether somebody undoes our repairs as fast as we make them: neither shall keep the agent busy with that."""

@@ -38,6 +38,7 @@ from consul_prom.values import (
 )
 
 TAG: Final = "consul-prom"  # of every entry of ours, before the tags that are set
+NO_SERVICE: Final = "no service name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +309,7 @@ def check_named(settings: Settings, *, how: str = "pass --service or set CONSUL_
         SettingsError: there is none.
     """
     if not settings.service:
-        raise SettingsError(f"no service name: {how}", from_code=False)
+        raise SettingsError(f"{NO_SERVICE}: {how}", from_code=False)
 
 
 def check_worker(settings: Settings, *, environ: Mapping[str, str] = os.environ) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from urllib.parse import urlencode
 
 from consul_prom.finding import Finding, listed, number_of
+from consul_prom.quoting import quote
 from consul_prom.registration import origin
 from consul_prom.settings import Settings
 from consul_prom.values import parse_duration
@@ -28,7 +29,9 @@ async def examine(settings: Settings, registered: Places, *, url: str) -> list[F
         changes = f'max(changes(process_start_time_seconds{{job="{settings.service}"}}[1h]))'
         starts = (await asyncio.to_thread(_ask, url, "query", query=changes))["result"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [Finding("targets", "wrong", f"Prometheus at {url} cannot be asked: {error}.", "--prometheus URL")]
+        where = quote(url, {url.partition("://")[2].rpartition("@")[0]})
+        sentence = f"Prometheus at {where} cannot be asked: {quote(str(error), ())}."
+        return [Finding("targets", "wrong", sentence, "--prometheus URL")]
     ours = [it for it in active if it["discoveredLabels"].get("__meta_consul_service") == settings.consul_service]
     return [_scraped(ours, registered), *([_labels(ours), lifetime(ours, starts)] if ours else [])]
 
@@ -83,6 +86,8 @@ def lifetime(targets: Sequence[Target], starts: Sequence[Target]) -> Finding:
 def _ask(url: str, what: str, **parameters: str) -> Mapping[str, Any]:
     if not url.startswith(("http://", "https://")):
         raise ValueError("it is no http:// or https:// address")
+    if "@" in url:
+        raise ValueError("it must not hold a user or a password")
     address = f"{url.rstrip('/')}/api/v1/{what}?{urlencode(parameters)}"
     with urllib.request.urlopen(address, timeout=PATIENCE) as answer:  # noqa: S310  # the scheme is looked at above
         data: Mapping[str, Any] = json.load(answer)["data"]

@@ -72,9 +72,18 @@ class Ports:
 
 
 def parse_name(value: str, *, longest: int = 55) -> str:
-    if not re.fullmatch(r"[a-z][a-z0-9-]*", value) or len(value) > longest:
-        raise ValueError(f"must be lower-case letters, digits and '-', a letter first, at most {longest} characters")
+    if not _is_name(value, longest):
+        other = re.sub("[_. ]", "-", value.lower())
+        hint = f"; use {other!r}" if _is_name(other, longest) else ""
+        raise ValueError(
+            f"must be lower-case letters, digits and '-', a letter first, at most {longest} characters{hint}"
+        )
     return value
+
+
+def _is_name(value: str, longest: int) -> bool:
+    """Consul's DNS takes no other signs, and two names must not become one by a change of ours."""
+    return bool(re.fullmatch("[a-z][a-z0-9-]*", value)) and len(value) <= longest
 
 
 def parse_host(value: str) -> str:

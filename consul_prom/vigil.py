@@ -47,7 +47,7 @@ class Vigil:
             self.look()
 
     def look(self) -> None:
-        """One WARNING when it is time for it, one INFO when it is over; nothing in between."""
+        """One WARNING when it is time for it, one when it is over; nothing in between."""
         now, scrape = self._clock(), self._last_scrape()
         if scrape != self._seen:
             self._scraped(scrape)
@@ -67,7 +67,7 @@ class Vigil:
         if scrape and self._seen:
             self._gaps.append(scrape - self._seen)
         if self._said:
-            log.info("%s is scraped", self._who())
+            log.warning("%s is scraped again", self._who())
         self._seen, self._said = scrape, False
 
     def _patience(self) -> float:

@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ from consul_prom.errors import (
     AgentUnreachable,
     TokenUnreadable,
 )
+from consul_prom.quoting import quote as quote_without
 from consul_prom.settings import Settings
 
 LARGEST_ENTRY: Final = 2**20
@@ -63,7 +65,7 @@ def service_now(
     """`AgentClient.service` in the same way: the entry, or None."""
     path = f"/v1/agent/service/{quote(entry_id, safe='')}"
     try:
-        return service_document(_ask_now(settings, "GET", path, timeout=timeout, hosts=hosts).json())
+        return service_document(settings, _ask_now(settings, "GET", path, timeout=timeout, hosts=hosts).json())
     except AgentNotFound:
         return None
 
@@ -78,7 +80,7 @@ def remove_now(settings: Settings, entry: Mapping[str, Any], *, timeout: float, 
     expression, node = f'ServiceID == "{entry_id}"', ""
     if "X-Consul-Token" in request_headers(settings):  # an agent without a token of its own may not tell the catalogue
         checks = ask("GET", "/v1/agent/checks", params={"filter": expression})
-        node = next((check["Node"] for check in expect(checks.json(), dict).values() if "Node" in check), "")
+        node = next((check["Node"] for check in expect(settings, checks.json(), dict).values() if "Node" in check), "")
     with suppress(AgentNotFound):
         ask("PUT", f"/v1/agent/service/deregister/{quote(entry_id, safe='')}")
     if node:
@@ -90,6 +92,8 @@ def remove_now(settings: Settings, entry: Mapping[str, Any], *, timeout: float, 
 
 
 class _Answer(NamedTuple):
+    settings: Settings
+    status: int
     headers: http.client.HTTPMessage
     body: bytes
 
@@ -97,7 +101,11 @@ class _Answer(NamedTuple):
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
-            raise AgentConfused(f"{SOMETHING} sent no JSON: {self.body!r:.100}") from None
+            raise no_json(self.settings, self.text) from None
+
+    @property
+    def text(self) -> str:
+        return self.body.decode(errors="replace")
 
 
 def _ask_now(
@@ -117,20 +125,20 @@ def _ask_now(
         try:
             with closing(_connection(settings, host, _left(ends_at))) as connection:
                 connection.request(method, url, data, headers={**request_headers(settings), "Connection": "close"})
-                status, answer = _read_now(connection, method, ends_at)
-            raise_for_status(settings, status, answer.body[:500].decode(errors="replace"))
+                answer = _read_now(settings, connection, method, ends_at)
+            raise_for_status(settings, answer.status, answer.text, answer.headers.get("Location", ""))
         except ConnectionRefusedError as error:
             refused = error  # a name often has an address that the agent does not listen on
         except TimeoutError:
             raise AgentTimeout(f"{who(settings)} did not answer within {timeout:.2g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise AgentUnreachable(f"{who(settings)}: {text_of(error)}") from error
+            raise AgentUnreachable(f"{who(settings)}: {text_of(settings, error)}") from None
         else:
             return answer
-    raise AgentUnreachable(f"{who(settings)}: {text_of(refused)}")
+    raise AgentUnreachable(f"{who(settings)}: {text_of(settings, refused)}")
 
 
-def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: float) -> tuple[int, _Answer]:
+def _read_now(settings: Settings, connection: http.client.HTTPConnection, method: str, ends_at: float) -> _Answer:
     """To the end of the stream: a time-out of the socket's is for each read, and an agent may send byte by byte."""
     stream: Any = connection.sock
     received = bytearray()
@@ -144,7 +152,7 @@ def _read_now(connection: http.client.HTTPConnection, method: str, ends_at: floa
             break
     response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]
     response.begin()
-    return response.status, _Answer(response.headers, response.read())
+    return _Answer(settings, response.status, response.headers, response.read())
 
 
 def _left(ends_at: float) -> float:
@@ -198,7 +206,7 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
             name = "CONSUL_CLIENT_CERT", settings.consul_client_cert
             context.load_cert_chain(settings.consul_client_cert, settings.consul_client_key)
     except OSError as error:
-        raise AgentUnreachable(f"{name[0]}={name[1]!r} cannot be used: {text_of(error)}") from error
+        raise AgentUnreachable(f"{name[0]}={name[1]!r} cannot be used: {text_of(settings, error)}") from error
     if not settings.consul_http_ssl_verify:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -209,7 +217,7 @@ def request_headers(settings: Settings) -> dict[str, str]:
     headers = {"Content-Type": "application/json"}
     token = settings.consul_http_token.reveal() if settings.consul_http_token else ""
     if settings.consul_http_token_file:
-        token = _token_of(settings.consul_http_token_file)
+        token = _token_of(settings)
     if token:
         headers["X-Consul-Token"] = token
     if settings.consul_http_auth:
@@ -218,17 +226,40 @@ def request_headers(settings: Settings) -> dict[str, str]:
     return headers
 
 
-def _token_of(path: str) -> str:
+_TOKENS_READ: Final[dict[str, deque[str]]] = {}
+"""The last tokens that each file has held: an answer may repeat one that was replaced meanwhile."""
+
+
+def _token_of(settings: Settings) -> str:
     """Read for each call, so that a rotated token is taken up by itself."""
+    path = settings.consul_http_token_file or ""
     try:
         token = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} cannot be read: {text_of(error)}") from error
+        raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} cannot be read: {text_of(settings, error)}") from error
     if not token:  # being replaced, perhaps; without a token, entries would look lost
         raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} is empty")
     if not token.isascii() or not token.isprintable():
         raise TokenUnreadable(f"CONSUL_HTTP_TOKEN_FILE={path!r} holds characters that no HTTP header can carry")
+    read = _TOKENS_READ.setdefault(path, deque(maxlen=8))
+    if token not in read:
+        read.append(token)
     return token
+
+
+def quoted(settings: Settings, text: str, *, most: int = 200) -> str:
+    """What another program said, fit for a message. No text from outside goes into one in another way.
+
+    The program may echo our request: so do debugging proxies, and whatever a wrong CONSUL_HTTP_ADDR leads to.
+    """
+    secrets = {*_TOKENS_READ.get(settings.consul_http_token_file or "", ())}
+    if settings.consul_http_token:
+        secrets.add(settings.consul_http_token.reveal())
+    if settings.consul_http_auth:
+        auth = settings.consul_http_auth.reveal()
+        user, _, password = auth.partition(":")
+        secrets |= {auth, f"{user}:{password}", password}
+    return quote_without(text, secrets, most=most)
 
 
 def scope(settings: Settings) -> dict[str, str]:
@@ -236,7 +267,7 @@ def scope(settings: Settings) -> dict[str, str]:
     return {key: value for key, value in pairs.items() if value}
 
 
-def raise_for_status(settings: Settings, status: int, body: str) -> None:
+def raise_for_status(settings: Settings, status: int, body: str, location: str) -> None:
     if status == 200:
         return
     kinds: dict[int, type[AgentError]] = {
@@ -252,27 +283,42 @@ def raise_for_status(settings: Settings, status: int, body: str) -> None:
         kind = AgentConfused
     if status == 500 and "Unknown service ID" in body:  # so says the catalogue
         kind = AgentNotFound
-    raise kind(f"{who(settings)} answered {status}: {' '.join(body.split())[:200]}")
+    raise kind(f"{who(settings)} answered {status}: {_meaning(settings, status, body, location)}")
 
 
-def service_document(found: Any) -> dict[str, Any]:
-    document = expect(found, dict)
-    expect(document.get("Meta") or {}, dict)
+def _meaning(settings: Settings, status: int, body: str, location: str) -> str:
+    """What the body says or, if it is empty, what the status means; of a redirect, where it leads."""
+    if location and 300 <= status < 400:
+        return f"it redirects to {quoted(settings, location)}"
+    return quoted(settings, body) or http.client.responses.get(status, "an empty answer")
+
+
+def service_document(settings: Settings, found: Any) -> dict[str, Any]:
+    document = expect(settings, found, dict)
+    expect(settings, document.get("Meta") or {}, dict)
     return document
 
 
-def expect(found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
+def expect(settings: Settings, found: Any, kind: type[dict[Any, Any]]) -> dict[Any, Any]:
     if not isinstance(found, kind):
-        raise AgentConfused(f"{SOMETHING} sent JSON of the wrong shape: {json.dumps(found)[:100]}")
+        raise wrong_json(settings, "JSON of the wrong shape", found)
     return found
+
+
+def wrong_json(settings: Settings, what: str, found: Any) -> AgentConfused:
+    return AgentConfused(f"{SOMETHING} sent {what}: {quoted(settings, json.dumps(found), most=100)}")
+
+
+def no_json(settings: Settings, text: str) -> AgentConfused:
+    return AgentConfused(f"{who(settings)} sent no JSON: {quoted(settings, text, most=100)!r}")
 
 
 def who(settings: Settings) -> str:
     return f"the Consul agent (CONSUL_HTTP_ADDR={settings.consul_http_addr})"
 
 
-def text_of(error: BaseException) -> str:
-    """Short where the system's word says it all; aiohttp wraps it in words of its own."""
+def text_of(settings: Settings, error: BaseException) -> str:
+    """Short where the system's word says it all; aiohttp wraps it in words of its own, and quotes the answer."""
     if isinstance(error, OSError) and error.errno in _PLAIN:
         return os.strerror(error.errno)
-    return str(error)[:300] or type(error).__name__
+    return quoted(settings, str(error), most=300) or type(error).__name__

@@ -13,7 +13,8 @@ from consul_prom import farewell
 from consul_prom.continued import watch
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
 from consul_prom.life import Life
-from consul_prom.settings import Arguments, Settings, check_worker, load, switch
+from consul_prom.settings import NO_SERVICE, Arguments, Settings, check_worker, load, switch
+from consul_prom.sparing import first_time
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,9 @@ class Worker:
             self.stop()
             if self._required:
                 raise
-            log.error("consul-prom is off: %s", error)
+            wrong_setting = NO_SERVICE if self.nameless else str(error)
+            if not isinstance(error, SettingsError) or first_time(wrong_setting):
+                log.error("consul-prom is off: %s", error)
         except Exception as error:
             self.stop()
             if self._required:

@@ -103,6 +103,12 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _nothing_is_logged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test made us log once, another one may make us log again."""
+    monkeypatch.setattr("consul_prom.sparing._FACTS", set())
+
+
+@pytest.fixture(autouse=True)
 def _ledgers_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A worker that a test only imagines killed leaves no descriptor open in the tests' process."""
     made: WeakSet[Ledger] = WeakSet()

@@ -240,7 +240,7 @@ class TestFindAddress:
         routes = [None, None, None, self.ROUTE]
         monkeypatch.setattr(module, "route_address", lambda: routes.pop(0))
         assert await find_address(_answering(AgentDenied("403"))) == self.ROUTE
-        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
         assert "set CONSUL_PROM_ADDRESS" in caplog.text
 
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "consul_prom"
 
 # A module imports only from rows with a smaller number. Modules that are not written yet have their place too.
 ROWS = {
-    0: ["errors", "sparing", "values"],
+    0: ["errors", "quoting", "sparing", "values"],
     1: [
         "address",
         "farewell",

@@ -249,16 +249,34 @@ async def test_environment_is_not_read(agent: DevAgent, monkeypatch: pytest.Monk
         (429, AgentBusy),
         (500, AgentFailed),
         (503, AgentFailed),
-        (301, AgentConfused),
     ],
 )
 async def test_statuses(agent: DevAgent, client: AgentClient, status: int, kind: type[AgentError]) -> None:
-    """Each status is an error of its own kind, with the agent's words in one line; redirects are not followed."""
-    agent.fault = Fault(status=status, body="Permission\ndenied", headers={"Location": "/v1/agent/self"})
+    """Each status is an error of its own kind, with the agent's words in one line."""
+    agent.fault = Fault(status=status, body="Permission\ndenied")
     for call in (client.service("x"), client.register(DOCUMENT), client.deregister("x"), client.services("x")):
         with pytest.raises(kind, match=f"answered {status}: Permission denied"):
             await call
     with pytest.raises(kind):
+        await asyncio.to_thread(deregister_now, settings(agent.url), "x", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("status", "location", "said"),
+    [
+        (301, "/v1/agent/self", "it redirects to /v1/agent/self"),
+        (302, "https://sso.example/?next=%2Fv1", r"it redirects to https://sso\.example/\?next=%2Fv1"),
+        (302, "", "Found"),
+        (503, "", "Service Unavailable"),
+        (299, "", "an empty answer"),
+    ],
+)
+async def test_no_words(agent: DevAgent, client: AgentClient, status: int, location: str, said: str) -> None:
+    """An answer without a text is an error that says what its status means; no redirect is followed."""
+    agent.fault = Fault(status=status, body="", headers={"Location": location} if location else {})
+    with pytest.raises(AgentError, match=f"answered {status}: {said}$"):
+        await client.services("x")
+    with pytest.raises(AgentError, match=f"answered {status}: {said}$"):
         await asyncio.to_thread(deregister_now, settings(agent.url), "x", timeout=5)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 import aiohttp
+import consul as python_consul2
 import pytest
 from aiohttp import web
 from yarl import URL
@@ -484,6 +485,7 @@ META = "Invalid Service Meta: Couldn't load metadata pair"
             "Invalid check: Interval must be > 0 for Script, HTTP, H2PING, TCP, UDP or OSService checks",
         ),
         ({"Check": {"Interval": "1s"}}, "Invalid check: TTL must be > 0 for TTL checks"),
+        ({"Weights": {"Passing": None}}, "Invalid Weights: Passing must be greater than 0"),
         ({"Checks": [{}]}, "Invalid check: TTL must be > 0 for TTL checks"),
         (
             {"Check": HTTP | {"Interval": "1s", "OutputMaxSize": -1}},
@@ -502,6 +504,24 @@ async def test_refused(agent: Agent, document: Document, fields: Document, text:
     assert (answer.status, answer.text) == (400, text)
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert (await agent.service(document["ID"])).status == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [
+        ({"Tags": ["v1", None]}, {"Tags": ["v1", ""]}),
+        ({"Meta": {"team": None, "a": "b"}}, {"Meta": {"team": "", "a": "b"}}),
+        ({"Check": HTTP | {"Interval": "1s", "Header": {"X-A": None}}}, {}),
+        ({"Check": HTTP | {"Interval": "1s", "Header": {"X-A": ["b", None]}}}, {}),
+        ({"Check": HTTP | {"Interval": "1s", "Method": None, "Timeout": None, "Notes": None}}, {}),
+    ],
+    ids=str,
+)
+async def test_null(agent: Agent, document: Document, fields: Document, shown: Document) -> None:
+    """Agent reads null, inside a list or a map too, as the zero value."""
+    await agent.register(document | fields)
+    found = (await agent.service(document["ID"])).json
+    assert {key: found[key] for key in shown} == shown
 
 
 @pytest.mark.parametrize(
@@ -1223,6 +1243,47 @@ async def test_catalogue(agent: Agent, document: Document) -> None:
     assert (await agent.get(f"/v1/catalog/service/{document['Name']}?filter={other}")).json == []
     await agent.deregister(document["ID"])
     assert (await agent.get(path)).json == []
+
+
+@pytest.mark.parametrize("query", ["?", f"?{STALE}", "?tag=v1&", "?tag=nope&", "?node-meta=rack:1&"])
+async def test_catalogue_headers(agent: Agent, document: Document, query: str) -> None:
+    """Agent gives the catalogue's entries of a service the headers that the health endpoint gives them."""
+    await agent.register(document)
+    answer = await agent.get(f"/v1/catalog/service/{document['Name']}{query}")
+    other = await agent.get(f"/v1/health/service/{document['Name']}{query}")
+    assert len(answer.json) == len(other.json)
+    assert int(answer.headers["X-Consul-Index"]) > 0
+    for name in ("Index", "KnownLeader", "LastContact", "Effective-Consistency"):
+        assert answer.headers[f"X-Consul-{name}"] == other.headers[f"X-Consul-{name}"]
+
+
+async def test_catalogue_blocks(agent: Agent, document: Document) -> None:
+    """Agent blocks on the index of a service in the catalogue until an entry of it changes."""
+    await agent.register(document)
+    path = f"/v1/catalog/service/{document['Name']}"
+    index = int((await agent.get(path)).headers["X-Consul-Index"])
+    async with blocked(agent.get(f"{path}?index={index}&{STALE}")) as waiting:
+        await agent.deregister(document["ID"])
+        answer = await asyncio.wait_for(waiting, 10)
+    assert answer.json == []
+    assert int(answer.headers["X-Consul-Index"]) > index
+
+
+async def test_catalogue_without_name(agent: Agent) -> None:
+    """Agent refuses to look for a service without a name."""
+    answer = await agent.get("/v1/catalog/service/")
+    assert (answer.status, answer.text) == (400, "Missing service name")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of groups that nobody here uses
+async def test_catalogue_by_python_consul2(agent: Agent, document: Document) -> None:
+    """python-consul2 itself reads a service from the catalogue."""
+    await agent.register(document)
+    url = URL(agent.url)
+    theirs = python_consul2.Consul(host=url.host, port=url.port)
+    index, entries = await asyncio.to_thread(theirs.catalog.service, document["Name"])
+    assert int(index) > 0
+    assert [entry["ServiceID"] for entry in entries] == [document["ID"]]
 
 
 async def _node(agent: Agent) -> str:

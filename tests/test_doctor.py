@@ -435,6 +435,14 @@ class TestPrometheus:
             assert wrong(found) == {"targets"}
             assert url in found["targets"].sentence
 
+    @pytest.mark.parametrize("password", ["passhead-tail", "passhead/tail", "pass:head@tail"])
+    def test_password(self, examine: Examine, password: str) -> None:
+        """A password in Prometheus' address is refused, and not shown."""
+        found = examine("--prometheus", f"http://user:{password}@127.0.0.1:1")
+        assert wrong(found) == {"targets"}
+        assert "http://***@127.0.0.1:1" in found["targets"].sentence
+        assert "head" not in found["targets"].sentence
+
     def test_not_scraped(self, examine: Examine, start: Start, consul: Consul) -> None:
         """Workers that Prometheus does not look for are found."""
         start()

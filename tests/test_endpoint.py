@@ -428,7 +428,7 @@ class TestBrokenCollector:
     """A collector of the application that raises."""
 
     def test_is_told_once(self, served: Served, caplog: pytest.LogCaptureFixture) -> None:
-        """It is a 500 each time and one WARNING with the traceback, until a page could be rendered."""
+        """It is a 500 each time and one WARNING with the traceback, and one when a page could be rendered again."""
         for _ in range(2):
             served.page = _raising(LookupError("s3cret detail"))
             for _ in range(3):
@@ -437,7 +437,8 @@ class TestBrokenCollector:
                 assert answer.body == b"a collector raised LookupError\n"
             served.page = lambda: b"one 1.0\n"
             assert served.ask().status == 200
-        assert [(record.name, record.levelname) for record in caplog.records] == [("consul_prom.scrape", "WARNING")] * 2
+        assert [(record.name, record.levelname) for record in caplog.records] == [("consul_prom.scrape", "WARNING")] * 4
+        assert ["can be rendered again" in message for message in caplog.messages] == [False, True] * 2
         assert "cannot be rendered" in caplog.records[0].message
         assert caplog.records[0].exc_info
         assert isinstance(caplog.records[0].exc_info[1], LookupError)

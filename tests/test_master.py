@@ -118,7 +118,7 @@ def test_failure_that_lasts(agent: DevAgent, caplog: pytest.LogCaptureFixture, m
             master.workers(wanted=1, alive=1)
     master.workers(wanted=1, alive=1)
     master.workers(wanted=1, alive=1)
-    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
     assert "no space left" in caplog.text
 
 

@@ -17,8 +17,16 @@ from hypothesis import strategies as st
 
 from consul_prom.client import AgentClient, _Groups
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.errors import AgentBusy, AgentConfused, AgentError, AgentTimeout, EntryTaken, SlotError
-from consul_prom.registrar import TURN, Registrar, backoff
+from consul_prom.errors import (
+    AgentBusy,
+    AgentConfused,
+    AgentError,
+    AgentTimeout,
+    AgentUnreachable,
+    EntryTaken,
+    SlotError,
+)
+from consul_prom.registrar import MOST_REPAIRS, TURN, Registrar, backoff
 from consul_prom.registration import MARKER, Registration
 from consul_prom.settings import TAG, load
 from tests.services.consul import Consul
@@ -307,7 +315,7 @@ class TestRun:
     async def test_outage(
         self, agent: DevAgent, client: AgentClient, run: Callable[[Registrar], Any], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """An outage is one WARNING, and one INFO when it is over; the reason's change is one more WARNING."""
+        """An outage is one WARNING, and one more when it is over; the reason's change is one more."""
         caplog.set_level(logging.INFO, "consul_prom.registrar")
         failures = list[str]()
         registrar = Registrar(client, WANTED, sleep=_soon, on_failure=failures.append)
@@ -320,7 +328,7 @@ class TestRun:
         agent.fault = None
         await eventually(lambda: registrar.registered, within=5, what="registered")
         levels = [record.levelname for record in caplog.records]
-        assert levels == ["WARNING", "WARNING", "INFO", "INFO"]
+        assert levels == ["WARNING", "WARNING", "INFO", "WARNING"]
         assert 'the token needs the rule: service "shop-metrics" { policy = "write" }' in caplog.records[1].getMessage()
 
     async def test_outage_of_an_hour(
@@ -358,6 +366,40 @@ class TestRun:
         await eventually(lambda: not registrar.registered, within=5, what="the loss noticed")
         await agent.start()
         await eventually(lambda: other.service(WANTED.id), within=20, what="registered again")
+
+    async def test_agent_restarts_often(
+        self, agent: DevAgent, client: AgentClient, other: AgentClient, run: Callable[[Registrar], Any]
+    ) -> None:
+        """An agent that restarts within each pause is still watched: a loss is repaired without a poll."""
+        pauses = list[float]()
+        restarted = asyncio.Event()
+
+        async def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            await restarted.wait()
+            restarted.clear()
+
+        watched = _Watched(client)
+        registrar = Registrar(watched, WANTED, sleep=pause)
+        run(registrar)
+        for number in range(MOST_REPAIRS + 1):
+            await eventually(lambda: registrar.registered and watched.watching, within=10, what="a blocking read")
+            await agent.kill()
+            await eventually(lambda: len(pauses) > number, within=10, what="a pause")  # noqa: B023
+            await agent.start()
+            restarted.set()
+        await eventually(lambda: registrar.registered and watched.watching, within=10, what="a blocking read")
+        await other.deregister(WANTED.id)
+        await eventually(lambda: other.service(WANTED.id), within=5, what="registered again")
+
+    async def test_impatient_proxy(self, client: AgentClient, run: Callable[[Registrar], Any]) -> None:
+        """The registrar polls if the blocking read fails again and again while the agent answers at once."""
+        clock = Ticks()
+        registrar = Registrar(_CutWatch(client), WANTED, sleep=clock.sleep)
+        run(registrar)
+        await eventually(lambda: clock.waiting, within=10, what="the wait for the next poll")
+        assert TURN * 0.8 <= clock.waiting <= TURN * 1.2
+        assert registrar.registered
 
 
 def test_backoff() -> None:
@@ -417,9 +459,27 @@ class _Wrapped:
         raise NotImplementedError
 
 
+class _Watched(_Wrapped):
+    """Tells whether a blocking read is under way."""
+
+    watching = False
+
+    async def service(self, entry_id: str, *, content_hash: str = "", wait: float = 0) -> Any:
+        self.watching = bool(content_hash)
+        try:
+            return await self._client.service(entry_id, content_hash=content_hash, wait=wait)
+        finally:
+            self.watching = False
+
+
 class _BusyWatch(_Wrapped):
     async def watch(self, entry_id: str) -> Any:
         raise AgentBusy("Your IP is issuing too many concurrent connections")
+
+
+class _CutWatch(_Wrapped):
+    async def watch(self, entry_id: str) -> Any:
+        raise AgentUnreachable("Connection reset by peer")
 
 
 class _HastyWatch(_Wrapped):

@@ -211,11 +211,20 @@ class TestNames:
         assert settings.service == name
         assert len(settings.consul_service) <= 63
 
-    @pytest.mark.parametrize("name", ["", "Shop", "1shop", "-shop", "shop.x", "shop x", "a" * 56, "shöp", "shop\n"])
-    def test_wrong_service_names(self, name: str) -> None:
-        """Any other name is refused, with the rule."""
-        wanted = f"service={name!r} must be lower-case letters, digits and '-', a letter first, at most 55 characters"
-        assert _refusal({"service": name}) == wanted
+    @pytest.mark.parametrize(
+        ("name", "hint"),
+        [
+            *((name, "") for name in ("", "1shop", "-shop", "a" * 56, "A" * 56, "shöp", "shop\n", "_shop")),
+            ("Shop", "; use 'shop'"),
+            ("my_shop", "; use 'my-shop'"),
+            ("shop.x", "; use 'shop-x'"),
+            ("My Shop_2", "; use 'my-shop-2'"),
+        ],
+    )
+    def test_wrong_service_names(self, name: str, hint: str) -> None:
+        """Any other name is refused, with the rule and, if there is one, the nearest name that fits."""
+        wanted = "must be lower-case letters, digits and '-', a letter first, at most 55 characters"
+        assert _refusal({"service": name}) == f"service={name!r} {wanted}{hint}"
 
     @pytest.mark.parametrize("name", ["Shop", "a" * 64, "a.b"])
     def test_wrong_consul_service_names(self, name: str) -> None:

@@ -78,9 +78,9 @@ def test_scrapes_end(scene: Scene, said: pytest.LogCaptureFixture) -> None:
     assert levels(said) == ["WARNING"]
     scene.wait(600)
     scene.wait(120, scraped_each=15)
-    assert levels(said) == ["WARNING", "INFO"]
+    assert levels(said) == ["WARNING", "WARNING"]
     scene.wait(70)
-    assert levels(said) == ["WARNING", "INFO", "WARNING"]
+    assert levels(said) == ["WARNING", "WARNING", "WARNING"]
 
 
 @pytest.mark.parametrize("interval", [1, 15, 60, 240])
@@ -94,7 +94,7 @@ def test_interval_changes(scene: Scene, said: pytest.LogCaptureFixture) -> None:
     """A Prometheus that was told to come less often is taken for one that has ended once, and not again."""
     scene.wait(120, scraped_each=15)
     scene.wait(3600, scraped_each=240)
-    assert levels(said) == ["WARNING", "INFO"]
+    assert levels(said) == ["WARNING", "WARNING"]
 
 
 def test_not_registered(scene: Scene, said: pytest.LogCaptureFixture) -> None:

@@ -373,7 +373,8 @@ class TestAddress:
         agent.fault = None
         registered(worker)
         assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-            "neither the agent nor a default route tells our address: set CONSUL_PROM_ADDRESS"
+            "neither the agent nor a default route tells our address: set CONSUL_PROM_ADDRESS",
+            "the agent tells our address",
         ]
 
     def test_bind(self, agent: DevAgent, make: Make) -> None:

@@ -1,6 +1,7 @@
 """JSON documents read as Go's encoding/json reads them into a struct that allows no unknown field.
 
-Keys match without regard to case, null is the same as an absent key, and a wrong type is an error with Go's words.
+Keys match without regard to case. null is the same as an absent key or, in a list or a map, as the zero value. A wrong
+type is an error with Go's words.
 Source: https://pkg.go.dev/encoding/json#Unmarshal
 """
 
@@ -65,14 +66,16 @@ def items(value: Any, path: str, type_name: str) -> list[Any]:
 
 
 def texts(value: Any, path: str) -> list[str]:
-    return [text(item, path) for item in items(value, path, "[]string")]
+    return ["" if item is None else text(item, path) for item in items(value, path, "[]string")]
 
 
-def mapping(read: Reader, type_name: str) -> Reader:
+def mapping(read: Reader, type_name: str, *, zero: Callable[[], Any]) -> Reader:
+    """Read an object whose values *read* reads; `zero()` is the value that null stands for."""
+
     def read_mapping(value: Any, path: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise _mismatch(value, path, f"map[string]{type_name}")
-        return {key: read(item, path) for key, item in value.items()}
+        return {key: zero() if item is None else read(item, path) for key, item in value.items()}
 
     return read_mapping
 

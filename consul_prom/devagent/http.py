@@ -17,6 +17,7 @@ from urllib.parse import unquote
 from aiohttp import web
 
 from consul_prom.devagent import definition, documents, filters, queries
+from consul_prom.devagent.definition import ServiceDefinition
 from consul_prom.devagent.documents import Node
 from consul_prom.devagent.errors import Refused, Unsupported
 from consul_prom.devagent.state import State
@@ -169,23 +170,33 @@ class Api:
         return _json({name: sorted(tags) for name, tags in sorted(names.items())}, headers=query.headers(index))
 
     async def _catalog_service(self, request: web.BaseRequest, name: str) -> web.Response:
+        query = queries.catalog(request, "filter")
+        index = await self._index_of(name, query)
         entries = {
-            service.service_id: documents.catalog_service(self._node, service) for service in self._state.named(name)
+            service.service_id: documents.catalog_service(self._node, service)
+            for service in self._selected(name, query)
         }
-        return _json([*_filtered(entries, request, _CATALOG_SELECTORS).values()])
+        return _json([*_filtered(entries, request, _CATALOG_SELECTORS).values()], headers=query.headers(index))
 
     async def _health_service(self, request: web.BaseRequest, name: str) -> web.Response:
         query = queries.catalog(request)
-        if not name:
-            raise Refused(400, "Missing service name")
-        index = await self._block_on_index(query, lambda: self._state.service_index(name))
+        index = await self._index_of(name, query)
         entries = [
             documents.catalog_entry(self._node, self._state, service)
-            for service in (self._state.named(name) if query.matches_node else ())
-            if query.tags <= {tag.lower() for tag in service.tags}
-            and (not query.passing or self._state.status_of(service.service_id) == "passing")
+            for service in self._selected(name, query)
+            if not query.passing or self._state.status_of(service.service_id) == "passing"
         ]
         return _json(entries, headers=query.headers(index))
+
+    async def _index_of(self, name: str, query: queries.CatalogQuery) -> int:
+        if not name:
+            raise Refused(400, "Missing service name")
+        return await self._block_on_index(query, lambda: self._state.service_index(name))
+
+    def _selected(self, name: str, query: queries.CatalogQuery) -> list[ServiceDefinition]:
+        """The services of this name that the query's tags and its node's meta select."""
+        named = self._state.named(name) if query.matches_node else ()
+        return [service for service in named if query.tags <= {tag.lower() for tag in service.tags}]
 
     async def _block_on_index(self, query: queries.CatalogQuery, current: Callable[[], int]) -> int:
         await self._block(lambda: current() > query.index, query.wait)

@@ -38,10 +38,10 @@ class CatalogQuery:
         }
 
 
-def catalog(request: web.BaseRequest) -> CatalogQuery:
-    """The parameters that Prometheus sends; any other that would change the answer is refused."""
+def catalog(request: web.BaseRequest, *others: str) -> CatalogQuery:
+    """The parameters that Prometheus sends; any but *others* that would change the answer is refused."""
     query = request.query
-    if unknown := sorted(set(query) - _CATALOG_PARAMETERS):
+    if unknown := sorted(set(query) - _CATALOG_PARAMETERS - {*others}):
         raise Unsupported(f"the parameter {unknown[0]}")
     if query.get("dc", documents.DATACENTER) != documents.DATACENTER:
         raise Refused(500, "No path to datacenter")

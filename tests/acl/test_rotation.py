@@ -187,5 +187,6 @@ def test_worker(
     wait_until(lambda: worker.registered and registrations() == 2, within=20, what="registered with the third token")
     worker.stop()
     assert (guarded.entries(), guarded.catalogue()) == ({}, {})
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert [text.endswith(f"the token needs the rule: {RULE}") for text in said] == [True]
+    denied, again = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert denied.endswith(f"the token needs the rule: {RULE}")
+    assert again.endswith("is registered again")

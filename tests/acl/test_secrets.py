@@ -1,17 +1,24 @@
 """No secret is in anything that a run writes, shows or tells, whatever went wrong in it."""
 
 import asyncio
+import base64
+import logging
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from prometheus_client import CollectorRegistry
 
+from consul_prom import cli
 from consul_prom.client import AgentClient
 from consul_prom.errors import AgentError, SettingsError
 from consul_prom.settings import load
 from consul_prom.snippets import write_rule
-from consul_prom.wire import deregister_now
+from consul_prom.wire import deregister_now, remove_now, service_now
 from consul_prom.worker import Worker
 from tests.acl.access import Access, Make, replace
+from tests.services.echo import SHAPES, EchoingAgent
 from tests.services.gunicorn import Gunicorn
 from tests.services.traces import fetch, told, written
 from tests.services.waiting import wait_until
@@ -78,15 +85,25 @@ async def _shown(arguments: dict[str, str]) -> list[str]:
         return [repr(error), *_causes(error)]
     client = AgentClient(settings)
     shown = [repr(settings), str(settings), f"{settings.consul_http_token}", repr(client), repr(vars(client))]
-    for call in (client.self_, lambda: client.deregister("x"), lambda: client.service("x"), lambda: client.checks("x")):
+    calls: list[Callable[[], Awaitable[object]]] = [
+        *(client.self_, lambda: client.deregister("x"), lambda: client.service("x"), lambda: client.checks("x")),
+        *(lambda: client.services("x"), lambda: client.catalogue("x"), lambda: client.catalogued("x", "x", "x")),
+        *(lambda: client.may_write("x"), lambda: client.deregister_from_catalogue("x", "x")),
+    ]
+    for call in calls:
         try:
             await call()
         except AgentError as error:
             shown += _causes(error)
-    try:
-        deregister_now(settings, "x", timeout=5)
-    except AgentError as error:
-        shown += _causes(error)
+    for ask_now in (
+        lambda: deregister_now(settings, "x", timeout=5),
+        lambda: service_now(settings, "x", timeout=5),
+        lambda: remove_now(settings, {"ID": "x", "Service": "x"}, timeout=5),
+    ):
+        try:
+            ask_now()
+        except AgentError as error:
+            shown += _causes(error)
     await client.aclose()
     return shown
 
@@ -102,3 +119,101 @@ def _causes(error: BaseException | None) -> list[str]:
 def about(worker: Worker) -> str:
     """The page on which a worker tells why it is not registered."""
     return fetch(worker.url.removesuffix("metrics")) if worker.url else ""
+
+
+TOKEN = "tokenhead-\"/+&<\\ %-'tokentail"
+OLD = "oldhead00-?=&gt;>#oldtail0"
+PASSWORD = "pass:head \"/+&<\\  %-'passtail"
+PIECES = ("tokenhead", "tokentail", "oldhead", "oldtail0", "pass:head", "passtail", "ass:hea", "okenhea")
+
+
+def in_base64(piece: str) -> Iterator[str]:
+    """What base64 makes of a piece, without the digits that depend on its neighbours."""
+    for before in range(3):
+        yield base64.b64encode((" " * before + piece).encode()).decode()[4 if before else 0 :][:8]
+
+
+FRAGMENTS = {*PIECES, *(digits for piece in PIECES for digits in in_base64(piece))}
+"""No encoder changes the pieces, so one in the output is a leak, whatever stands between them."""
+
+
+@pytest.fixture
+def echo() -> Iterator[EchoingAgent]:
+    with EchoingAgent() as agent:
+        yield agent
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_echo_to_the_client(echo: EchoingAgent, token_file: Path, shape: str) -> None:
+    """No error about an answer that repeats the request, and no cause of it, holds a secret or a part of one."""
+    echo.shape = SHAPES[shape]
+    arguments = {"consul_http_addr": echo.url, "consul_http_auth": f"user:{PASSWORD}"}
+    shown = await _shown({**arguments, "consul_http_token": TOKEN})
+    echo.heads.clear()  # the settings with a file know the file's tokens only
+    for token in (OLD, TOKEN):
+        replace(token_file, token)
+        shown += await _shown({**arguments, "consul_http_token_file": str(token_file)})
+    assert any(TOKEN in head for head in echo.heads)
+    assert any("CONSUL_HTTP_ADDR" in text for text in shown)
+    assert not leaks(shown)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_echo_to_a_worker(
+    echo: EchoingAgent, slot_directory: Path, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture, shape: str
+) -> None:
+    """The log and the page of a worker hold no secret that the program at the agent's address repeats."""
+    echo.shape = SHAPES[shape]
+    worker = Worker(
+        registry=registry,
+        service="shop",
+        host="web-1",
+        address="127.0.0.1",
+        dir=slot_directory,
+        consul_http_addr=echo.url,
+        consul_http_token=TOKEN,
+        consul_http_auth=f"user:{PASSWORD}",
+    )
+    worker.start()
+    try:
+        wait_until(lambda: "is not registered" in caplog.text, within=20, what="a line about it")
+        shown = [about(worker)]
+    finally:
+        worker.stop()
+    formatter = logging.Formatter()
+    assert not leaks([*shown, *map(formatter.format, caplog.records)])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("doctor",),
+        ("doctor", "--json"),
+        ("list",),
+        ("list", "--json"),
+        ("deregister",),
+        ("deregister", "--json"),
+        ("deregister", "--id=shop.web-1.0"),
+        ("deregister", "--all", "--json"),
+        ("top", "--once"),
+        ("top", "--json"),
+    ],
+    ids=" ".join,
+)
+def test_echo_to_a_command(
+    echo: EchoingAgent, slot_directory: Path, token_file: Path, command: tuple[str, ...]
+) -> None:
+    """No command shows a secret that the program at the agent's address repeats, however it is encoded."""
+    replace(token_file, TOKEN)
+    env = {"CONSUL_HTTP_ADDR": echo.url, "CONSUL_PROM_SERVICE": "shop", "CONSUL_HTTP_AUTH": f"user:{PASSWORD}"}
+    env |= {"CONSUL_PROM_DIR": str(slot_directory), "CONSUL_PROM_HOST": "web-1"}
+    for shape in SHAPES.values():
+        echo.shape = shape
+        for given in ({"CONSUL_HTTP_TOKEN": TOKEN}, {"CONSUL_HTTP_TOKEN_FILE": str(token_file)}):
+            result = CliRunner().invoke(cli.commands, command, env={**env, **given})
+            assert not leaks([result.stdout, result.stderr, *_causes(result.exception)])
+    assert any(TOKEN in head for head in echo.heads)
+
+
+def leaks(shown: list[str]) -> list[str]:
+    return [text for text in shown if any(fragment in text for fragment in FRAGMENTS)]

@@ -346,3 +346,29 @@ def test_given_a_moment(model: tuple[str, ...], act: Callable[[Gunicorn], None],
         exits = shop.directory / "exits"
         assert exits.exists(), "the user's hook comes after ours"
         assert {int(pid) for pid in exits.read_text().split()} == gone()
+
+
+@pytest.mark.parametrize(
+    ("app", "settings", "line"),
+    [
+        (
+            "tests.e2e.shop:get_application",
+            {"CONSUL_PROM_SERVICE": "shop", "CONSUL_PROM_PORT": "many"},
+            "ERROR] consul-prom is off: CONSUL_PROM_PORT='many' must be",
+        ),
+        (
+            "tests.e2e.plain:aiohttp_app",
+            {"CONSUL_PROM_SERVICE": "my_shop"},
+            "ERROR] consul-prom is off: CONSUL_PROM_SERVICE='my_shop' must be",
+        ),
+        ("tests.e2e.plain:aiohttp_app", {}, "WARNING] CONSUL_PROM_SERVICE is not set: "),
+    ],
+    ids=["wrong port, set up in code too", "wrong name", "no name"],
+)
+def test_wrong_setting_is_logged_once(app: str, settings: dict[str, str], line: str) -> None:
+    """A wrong setting is one line of the whole server, in Gunicorn's format, although each worker reads it."""
+    with Gunicorn(app, workers=WORKERS, settings=settings, options=HOOKS) as shop:
+        shop.stop()
+        ours = [text for text in shop.log.read_text().splitlines() if "consul-prom" in text or "CONSUL_PROM" in text]
+    assert len(ours) == 1, ours
+    assert re.match(r"\[20\S+ \S+ \S+\] \[\d+\] \[" + re.escape(line), ours[0])

@@ -103,7 +103,9 @@ class Scene:
 
     @property
     def warnings(self) -> list[str]:
-        return [record.getMessage() for record in self.lines if record.levelno >= logging.WARNING]
+        """All but those that a failure is over."""
+        loud = [record.getMessage() for record in self.lines if record.levelno >= logging.WARNING]
+        return [line for line in loud if "is registered again" not in line]
 
     @property
     def failures(self) -> dict[str, float]:
