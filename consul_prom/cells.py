@@ -186,8 +186,11 @@ def check_library() -> None:
     """Whether prometheus_client's insides are those that we know.
 
     Raises:
-        LedgerError: they are not.
+        LedgerError: they are not, or its values are files. Nothing is tried then: it would be written to those.
     """
+    found = getattr(values, "ValueClass", None)
+    if getattr(found, "_multiprocess", False):
+        raise LedgerError("prometheus_client is in multiprocess mode (PROMETHEUS_MULTIPROC_DIR)")
     try:
         registry = CollectorRegistry()
         counter, summary = Counter("c", "-", ("l",), registry=registry), Summary("s", "-", registry=None)
