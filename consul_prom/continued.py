@@ -194,6 +194,8 @@ class ContinuedRegistry:
         with self._entering:
             if collector in self._bound or self not in _CONTINUED:
                 return
+            if collector not in self._registry._collector_to_names:
+                return  # it was unregistered while a scrape listed it; who unregisters it now waits, and drops it
             bound = _Bound(self, self._ledger, collector)
             for family in list(self._ledger.inherited):
                 if family.name == bound.family.name and family != bound.family:

@@ -341,6 +341,25 @@ class TestAsWithoutUs:
         assert {key: value for key, value in worker.page().items() if "hits" in key} == {"hits_total /new": 1}
         assert Worker(path).page()["hits_total /new"] == 1
 
+    def test_unregistered_while_listed(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is unregistered after a scrape has listed it is not bound again; the next worker has nothing of it."""
+        worker = Worker(path)
+        use(worker)
+        enter = worker.continued._enter
+
+        def unregister_first(collector: Any) -> None:
+            if collector is worker.hits and collector in worker.registry._collector_to_names:
+                worker.registry.unregister(collector)
+            enter(collector)
+
+        monkeypatch.setattr(worker.continued, "_enter", unregister_first)
+        worker.page()
+        worker.hits.labels("/").inc()
+        assert not any("hits" in key for key in worker.page())
+        registry = CollectorRegistry()
+        ledger = Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
+        assert not any("hits" in key for key in flat(ContinuedRegistry(registry, ledger)))
+
     def test_registered_again(self, path: Path) -> None:
         """A metric that is unregistered and registered again shows what it showed, plus what was counted meanwhile."""
         use(Worker(path))
