@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
+from math import isfinite
 from operator import getitem, is_not, itemgetter
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -48,6 +49,9 @@ class CellValue:
 
     In a forked child the parent's cells are released, so that their use raises ValueError. The value then moves to the
     child's copy of them. So neither a count nor a fork pays for this: 20,000 histograms took a fork a second.
+
+    A total that is not finite ends with its process. The slot's next worker and a forked child start it at 0, because
+    nothing can be added to it or subtracted from it.
     """
 
     __slots__ = ("_base", "_cells", "_created", "_elsewhere", "_exemplar", "_index", "_lock")
@@ -103,8 +107,8 @@ class CellValue:
         with self._lock:
             counted = self._held()
             own = counted - self._base
-            cells[index] += counted - self._elsewhere
-            self._base = cells[index] - own
+            cells[index] += counted - self._elsewhere if isfinite(counted) else counted
+            self._base = cells[index] - own if isfinite(counted) else 0.0
             self._cells, self._index, self._created = cells, index, created
             self._elsewhere = 0.0
 
@@ -137,6 +141,8 @@ class CellValue:
             self._start_on_parents()
 
     def _start_on_parents(self) -> None:
+        if not isfinite(self._cells[self._index]):
+            self._cells[self._index] = self._base = 0.0
         self._elsewhere = self._cells[self._index]
 
 
@@ -188,6 +194,9 @@ def move(metric: Any, cells: "memoryview[float]", created: int, first: int, *, n
     """
     metric._created = cells[created]
     old = plain(metric)
+    held = cells[first : first + len(old)]
+    if not isfinite(sum(held)):
+        held[:] = array("d", [number if isfinite(number) else 0.0 for number in held])
     if newborn and type(metric) in _OWN_CLASSES:
         moved = [CellValue(value._lock, cells, index, created) for index, value in enumerate(old, first)]
     else:
@@ -223,9 +232,10 @@ def _replace(value: Any) -> CellValue:
     if isinstance(value, CellValue):
         return value
     with value._lock:
+        parents = PARENTS.pop(value, 0.0)
         successor = CellValue(value._lock, array("d", (0.0, 0.0)), 0, 1)
-        successor._cells[0] = value._value
-        successor._elsewhere = PARENTS.pop(value, 0.0)
+        successor._cells[0] = value._value if isfinite(parents) else 0.0
+        successor._elsewhere = parents if isfinite(parents) else 0.0
         successor._exemplar = value._exemplar
         value._successor = successor
         value.__class__ = _Replaced

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import signal
 import threading
@@ -198,6 +199,27 @@ class TestTotals:
         page = openmetrics(worker.continued)
         assert b'hits_total{route="/"} 1.0 # {trace="b"} 1.0' in page
         assert b'seconds_bucket{le="5.0",route="/"} 1.0 # {trace="c"} 3.0' in page
+
+    @pytest.mark.parametrize("amount", [math.inf, -math.inf, math.nan])
+    def test_not_finite(self, path: Path, amount: float) -> None:
+        """A value that is not finite is shown until its process ends, and the next worker starts it at 0."""
+        first = Worker(path)
+        use(first)
+        first.sizes.labels("/").observe(amount)
+        first.sizes.labels("/unused").observe(amount)
+        first.continued.close()
+        first.continued = ContinuedRegistry(
+            first.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
+        )
+        for shown in (first.page(), first.own()):
+            assert repr(shown["sizes_sum /"]) == repr(amount)
+            assert shown["sizes_count /"] == 2
+        second = Worker(path)
+        page = second.page()
+        assert (page["sizes_sum /"], page["sizes_count /"], page["sizes_sum /unused"]) == (0, 2, 0)
+        second.sizes.labels("/").observe(3)
+        assert (second.page()["sizes_sum /"], second.own()["sizes_sum /"]) == (3, 3)
+        assert Worker(path).page()["sizes_sum /"] == 3
 
     def test_restart_in_one_process(self, path: Path) -> None:
         """A worker that stops and starts again in one process counts nothing twice, and the registry keeps its own."""

@@ -1,5 +1,7 @@
 """Counts of a process that forks: they are its own, and no worker in a child counts them again."""
 
+import pytest
+
 from tests.workers import Workers
 
 COUNTED = """
@@ -95,3 +97,10 @@ in_child(look)
 """
     script = script.replace("print(*act())", "print(*map(float, act()))")
     assert run(workers, script) == [[6, 1, 0]], "it is the first count that notes what the parent has counted"
+
+
+@pytest.mark.parametrize("amount", ["inf", "nan"])
+def test_not_finite(workers: Workers, amount: str) -> None:
+    """What is not finite is left to the parent, and the child begins at 0."""
+    script = f"{COUNTED}\npre.inc(float({amount!r}))\nfor _ in range(2):\n    in_child(work)\n"
+    assert [pre for pre, _ in run(workers, script)] == [0, 0]
