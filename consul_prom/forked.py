@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any, Final
 from weakref import WeakSet
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Summary
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric, Summary
 
 from consul_prom.cells import PARENTS, CellValue, MutexValue, copy_copies, note_parent, plain
 
@@ -88,6 +88,13 @@ class _Fork:
             method(*arguments, **options)
 
         return count
+
+
+def counted(registry: CollectorRegistry) -> Iterator[Metric]:
+    """Yield the counters, summaries and histograms of *registry* that this process has used."""
+    for collector in _collectors(registry):
+        if any(value.get() for child in _children(collector) for value in plain(child)):
+            yield from collector.collect()
 
 
 def _series(registries: Iterable[CollectorRegistry], but: set[Any]) -> Iterator[Any]:
