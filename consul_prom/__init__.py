@@ -1,5 +1,8 @@
 """Metrics of a multi-process Python server: every worker its own Prometheus target, found through Consul."""
 
+import os
+import sys
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -34,3 +37,13 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'consul_prom' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _before_fork() -> None:
+    """Import the code that notes in a child what its parent counted. In the child an import would be too late."""
+    if "prometheus_client" in sys.modules:
+        with suppress(ImportError):  # a version that we do not know
+            import_module("consul_prom.forked")
+
+
+os.register_at_fork(before=_before_fork)

@@ -19,8 +19,9 @@ from weakref import WeakSet
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, Summary
 from prometheus_client.registry import Collector
 
-from consul_prom.cells import CellValue, check_library, move, note_parent, plain, totals
+from consul_prom.cells import CellValue, check_library, copy_cells, move, plain, totals
 from consul_prom.errors import LedgerError
+from consul_prom.forked import FORK
 from consul_prom.ledger import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
 from consul_prom.source import Listed, names_in
 from consul_prom.sparing import SparingLog
@@ -50,6 +51,7 @@ class ContinuedRegistry:
 
     def __init__(self, registry: CollectorRegistry, ledger: Ledger) -> None:
         check_library()
+        FORK.note()
         self._registry = registry
         self._ledger = ledger
         self._lock = threading.RLock()  # reentrant: a signal handler or the garbage collector may give birth in a birth
@@ -140,12 +142,22 @@ class ContinuedRegistry:
 
     def close(self) -> None:
         """The registry is as it was, but for values that are ours, in memory. What was counted stays in the ledger."""
-        self._let_go(locked=True)
+        self._let_go()
+        for bound in list(self._bound.values()):
+            bound.leave(stays=True)
+        self._ledger.close()
         self.tell()
 
-    def abandon(self) -> None:
-        """The same in a forked child, where a lock may be held for ever by a thread that did not follow."""
-        self._let_go(locked=False)
+    def abandon(self) -> Iterator[Any]:
+        """The same in a forked child, without a lock, which a thread that is gone may hold.
+
+        Yield the metrics that had all series in the ledger. The series themselves are not looked at: there may be many.
+        """
+        self._let_go()
+        copy_cells(self._ledger.cells, self._ledger.used)
+        for bound in list(self._bound.values()):
+            if bound.abandon():
+                yield bound.metric
 
     def cell_of(self, bound: "_Bound", labels: Labels, created: float) -> int | None:
         """The first cell of a series that is born: it is inherited, or new, or there is none."""
@@ -194,6 +206,8 @@ class ContinuedRegistry:
         with self._entering:
             if collector in self._bound or self not in _CONTINUED:
                 return
+            if collector not in self._registry._collector_to_names:
+                return  # it was unregistered while a scrape listed it; who unregisters it now waits, and drops it
             bound = _Bound(self, self._ledger, collector)
             for family in list(self._ledger.inherited):
                 if family.name == bound.family.name and family != bound.family:
@@ -203,14 +217,10 @@ class ContinuedRegistry:
             bound.enter()
             self._bound[collector] = bound
 
-    def _let_go(self, *, locked: bool) -> None:
+    def _let_go(self) -> None:
         _CONTINUED.discard(self)
         for name in ("register", "unregister"):
             vars(self._registry).pop(name, None)
-        for bound in list(self._bound.values()):
-            bound.leave(stays=True, locked=locked)
-        if locked:
-            self._ledger.close()
 
     def _page(self, wanted: Callable[[Sequence[str]], bool]) -> Iterator[Metric]:
         target_info, collectors, orphans = self.collectors()
@@ -327,17 +337,26 @@ class _Bound:
             if hasattr(self.metric, name):
                 vars(self.metric)[name] = self._remover(getattr(self.metric, name), choose)
 
-    def leave(self, *, stays: bool, locked: bool = True) -> None:
+    def leave(self, *, stays: bool) -> None:
         """The metric is as before, but for its values; whether what they counted *stays* in a ledger."""
-        with self.lock if locked else nullcontext():
+        with self.lock:
             for child in list(self.metric._metrics.values()) if self.family.labelnames else [self.metric]:
                 for value in plain(child):
                     if isinstance(value, CellValue):
-                        value.leave(stays=stays, locked=locked)
+                        value.leave(stays=stays)
             if self.family.labelnames:  # last: who reads cells knows by this that they are others
                 self.metric._metrics = dict(self.metric._metrics)
-        for name in _REMOVERS if self.family.labelnames else ():
-            vars(self.metric).pop(name, None)
+        self._put_removers_back()
+
+    def abandon(self) -> bool:
+        """Undo `enter` in a forked child. Return whether all series of the metric were in the ledger."""
+        self._put_removers_back()
+        if not self.family.labelnames:
+            return bool(self._cells)
+        children = self.metric._metrics
+        if type(children) is _Children:
+            children.__class__ = _Abandoned  # type: ignore[assignment]  # a copy would write to all series, and share no page of them any more
+        return len(self._cells) == len(children)
 
     def born(self, labels: Labels, child: Any, *, newborn: bool) -> None:
         """Nothing that goes wrong here reaches the application."""
@@ -366,6 +385,10 @@ class _Bound:
             for labels, child in found.items():
                 self.born(labels, child, newborn=False)
             self.metric._metrics = _Children(self, found)
+
+    def _put_removers_back(self) -> None:
+        for name in _REMOVERS if self.family.labelnames else ():
+            vars(self.metric).pop(name, None)
 
     def _remover(self, original: Callable[..., None], choose: Callable[..., Chosen]) -> Callable[..., None]:
         """*original*, and what was inherited goes too."""
@@ -398,6 +421,10 @@ class _Children(dict[Labels, Any]):
         child = super().pop(labels, *default)
         self._bound.gone(labels)
         return child
+
+
+class _Abandoned(dict[Labels, Any]):
+    """In a forked child, what was `_Children`."""
 
 
 def last_page(contents: Contents) -> CollectorRegistry:
@@ -456,29 +483,15 @@ _REMOVERS: Final[dict[str, Callable[..., Chosen]]] = {
     "remove_by_labels": _by_some,
 }
 
-_WATCHED: Final[WeakSet[CollectorRegistry]] = WeakSet()
 _CONTINUED: Final[WeakSet[ContinuedRegistry]] = WeakSet()
-
-
-def watch(registry: CollectorRegistry) -> None:
-    """What *registry* counted before a fork is the parent's: a ledger of the child's leaves it out."""
-    with suppress(LedgerError):  # then there will be no ledger, which says so
-        check_library()
-        _WATCHED.add(registry)
 
 
 def _after_fork_in_child() -> None:
     for continued in list(_CONTINUED):
         try:
-            continued.abandon()
+            FORK.copied(continued.abandon())
         except Exception:
             log.exception("a forked child may count into its parent's ledger: an error not expected")
-    for registry in list(_WATCHED):
-        for collector in list(registry._collector_to_names):
-            if isinstance(collector, Counter | Summary | Histogram):
-                for child in list(collector._metrics.values()) if collector._labelnames else [collector]:
-                    for value in plain(child):
-                        note_parent(value)
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -59,7 +59,6 @@ def on_starting(server: "Arbiter") -> None:
     """In the master, before any worker: what all of them would import is imported once, unless gevent must be first."""
     if "gevent" not in server.cfg.worker_class_str:
         _preload()
-    importlib.import_module("consul_prom.continued").watch(REGISTRY)  # what the master counts, no worker counts again
     _look_for_others(server.cfg)
     _Ours.masters[server] = Master(uid=server.cfg.uid, gid=server.cfg.gid)
 

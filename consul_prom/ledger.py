@@ -262,6 +262,11 @@ class Ledger:
         self.cells[cell + USED] = 0.0
 
     @property
+    def used(self) -> int:
+        """How many of the `cells` are written to."""
+        return self._end // 8
+
+    @property
     def port(self) -> int:
         """Where the slot is served, or was at last: who goes on there spares scrapers to look anew; 0 = nowhere yet."""
         return int(self.cells[self._state + _PORT])

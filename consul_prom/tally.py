@@ -14,11 +14,12 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import REGISTRY, CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from consul_prom import slots
 from consul_prom.errors import SlotError
+from consul_prom.forked import counted
 
 LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 LOG: Final = "gunicorn.error"
@@ -52,6 +53,7 @@ class Tally(logging.Filter):
         # From 0 on: the first of something rare shall be an increase.
         self._exits = Counts(dict.fromkeys(_EXITS, 0))
         self._lines = Counts(dict.fromkeys(LEVELS, 0))
+        self._counted: list[Any] = []
         self._wanted = self._alive = 0
         try:
             with writing():
@@ -64,6 +66,9 @@ class Tally(logging.Filter):
 
     def workers(self, *, wanted: int, alive: int) -> None:
         self._wanted, self._alive = wanted, alive
+        self._counted = [
+            [it.name, it.documentation, it.type, it.unit, [one[:3] for one in it.samples]] for it in counted(REGISTRY)
+        ]
         self._write()
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -110,6 +115,7 @@ class Tally(logging.Filter):
             "alive": self._alive,
             "exits": [[*key, number] for key, number in self._exits.items()],
             "lines": self._lines,
+            "counted": self._counted,
         }
         aside = self._path.with_name(f"{self._path.name}.new")
         with suppress(OSError), self._writing():
@@ -159,6 +165,19 @@ class Masters:
             for level, count in tally["lines"].items():
                 lines.add_metric([number, level], count)
         yield from (wanted, alive, exits, lines)
+        yield from self._counted().values()
+
+    def _counted(self) -> dict[str, Metric]:
+        """Return the masters' own counts, as of an application that they preload. No worker shows these."""
+        found: dict[str, Metric] = {}
+        for number, tally in self.living().items():
+            for name, documentation, kind, unit, samples in tally.get(
+                "counted", ()
+            ):  # an older version of us writes none
+                metric = found.setdefault(name, Metric(name, documentation, kind, unit))
+                for sample, labels, value in samples if metric.type == kind else ():
+                    metric.add_sample(sample, {"master": number, **labels}, value)
+        return found
 
     def registry(self) -> CollectorRegistry:
         registry = CollectorRegistry()

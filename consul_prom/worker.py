@@ -10,8 +10,8 @@ from typing import Final, Unpack
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from consul_prom import farewell
-from consul_prom.continued import watch
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
+from consul_prom.forked import FORK
 from consul_prom.life import Life
 from consul_prom.settings import NO_SERVICE, Arguments, Settings, check_worker, load, switch
 from consul_prom.sparing import first_time
@@ -45,7 +45,7 @@ class Worker:
         try:
             self._settings = load(arguments)
             if self._settings.ledger and not self._disabled:
-                watch(registry)
+                FORK.watch(registry)
         except SettingsError as error:
             if error.from_code:
                 raise

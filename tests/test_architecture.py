@@ -38,19 +38,29 @@ ROWS = {
     2: [
         "webconfig",
         "wire",
-        "continued",
+        "forked",
         "scrape",
         "ownmetrics",
         "registration",
         "family",
         "requests",
         "routes",
-        "tally",
         "snippets",
         "rules",
         "dashboard",
     ],
-    3: ["client", "kinds", "endpoint", "registrar", "caretaker", "undertaker", "vigil", "targets"],
+    3: [
+        "client",
+        "continued",
+        "tally",
+        "kinds",
+        "endpoint",
+        "registrar",
+        "caretaker",
+        "undertaker",
+        "vigil",
+        "targets",
+    ],
     4: ["exposition", "guest"],
     5: ["adoption", "site"],
     6: ["care"],
@@ -78,7 +88,7 @@ OWNERS = {
     "gunicorn": {"demo"},
 }
 OWNERS_FOR_TYPES = {"gunicorn": {"gunicorn"}}
-OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition", "family", "kinds", "source"}}
+OWNERS_OF_INTERNALS = {"prometheus_client": {"cells", "continued", "exposition", "family", "forked", "kinds", "source"}}
 OWNER_OF_THE_ENVIRONMENT = "settings"
 
 

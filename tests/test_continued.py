@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import os
 import signal
 import threading
@@ -19,8 +20,9 @@ from prometheus_client.registry import Collector
 
 from consul_prom import cells
 from consul_prom.cells import CellValue, check_library
-from consul_prom.continued import ContinuedRegistry, last_page, watch
+from consul_prom.continued import ContinuedRegistry, last_page
 from consul_prom.errors import LedgerError
+from consul_prom.forked import FORK
 from consul_prom.ledger import Family, Ledger, read
 
 NOW = 1_000_000.0
@@ -198,6 +200,27 @@ class TestTotals:
         assert b'hits_total{route="/"} 1.0 # {trace="b"} 1.0' in page
         assert b'seconds_bucket{le="5.0",route="/"} 1.0 # {trace="c"} 3.0' in page
 
+    @pytest.mark.parametrize("amount", [math.inf, -math.inf, math.nan])
+    def test_not_finite(self, path: Path, amount: float) -> None:
+        """A value that is not finite is shown until its process ends, and the next worker starts it at 0."""
+        first = Worker(path)
+        use(first)
+        first.sizes.labels("/").observe(amount)
+        first.sizes.labels("/unused").observe(amount)
+        first.continued.close()
+        first.continued = ContinuedRegistry(
+            first.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
+        )
+        for shown in (first.page(), first.own()):
+            assert repr(shown["sizes_sum /"]) == repr(amount)
+            assert shown["sizes_count /"] == 2
+        second = Worker(path)
+        page = second.page()
+        assert (page["sizes_sum /"], page["sizes_count /"], page["sizes_sum /unused"]) == (0, 2, 0)
+        second.sizes.labels("/").observe(3)
+        assert (second.page()["sizes_sum /"], second.own()["sizes_sum /"]) == (3, 3)
+        assert Worker(path).page()["sizes_sum /"] == 3
+
     def test_restart_in_one_process(self, path: Path) -> None:
         """A worker that stops and starts again in one process counts nothing twice, and the registry keeps its own."""
         worker = Worker(path, use)
@@ -340,6 +363,25 @@ class TestAsWithoutUs:
         worker.hits.labels("/new").inc(7)
         assert {key: value for key, value in worker.page().items() if "hits" in key} == {"hits_total /new": 1}
         assert Worker(path).page()["hits_total /new"] == 1
+
+    def test_unregistered_while_listed(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What is unregistered after a scrape has listed it is not bound again; the next worker has nothing of it."""
+        worker = Worker(path)
+        use(worker)
+        enter = worker.continued._enter
+
+        def unregister_first(collector: Any) -> None:
+            if collector is worker.hits and collector in worker.registry._collector_to_names:
+                worker.registry.unregister(collector)
+            enter(collector)
+
+        monkeypatch.setattr(worker.continued, "_enter", unregister_first)
+        worker.page()
+        worker.hits.labels("/").inc()
+        assert not any("hits" in key for key in worker.page())
+        registry = CollectorRegistry()
+        ledger = Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
+        assert not any("hits" in key for key in flat(ContinuedRegistry(registry, ledger)))
 
     def test_registered_again(self, path: Path) -> None:
         """A metric that is unregistered and registered again shows what it showed, plus what was counted meanwhile."""
@@ -551,11 +593,51 @@ class TestForks:
         assert worker.page()["hits_total /"] == 2
         assert not [key for key in Worker(path).page() if "child" in key or "new" in key]
 
+    def test_costs_nothing_for_a_series(self, path: Path) -> None:
+        """A fork touches no series: in a child, a value leaves its parent's ledger when it is used, and only then."""
+        worker = Worker(path)
+        for number in range(50):
+            use(worker, str(number))
+        cells = worker.all._value._cells
+
+        def child() -> object:
+            children: Any = worker.hits._metrics
+            values = [one._value for one in children.values()]
+            before = sum(value._cells is cells for value in values)
+            worker.hits.labels("7").inc()
+            return before, sum(value._cells is cells for value in values), worker.own()["hits_total 7"]
+
+        assert forked(child)() == (50, 49, 3)
+
+    def test_grandchild(self, path: Path) -> None:
+        """A child's child counts for itself too, and a worker of its own leaves out what both before it counted."""
+        worker = Worker(path)
+        FORK.watch(worker.registry)
+        use(worker, times=5)
+        use(worker, "/other", times=5)
+
+        def grandchild() -> object:
+            use(worker)
+            Counter("new", "-", registry=worker.registry).inc()
+            own = worker.own()
+            ledger = Ledger.take_over(path.with_name("other.ledger"), boot="b", instance="web-1:1", now=NOW)
+            page = flat(ContinuedRegistry(worker.registry, ledger))
+            keys = ("hits_total /", "hits_total /other", "hits_total /born")
+            return [own[key] for key in keys], [page[key] for key in keys], page["new_total"]
+
+        def child() -> object:
+            use(worker, times=2)
+            use(worker, "/born", times=2)
+            return forked(grandchild)()
+
+        assert forked(child)() == ([16, 10, 4], [2, 0, 0], 1)
+        assert worker.page()["hits_total /"] == 10
+
     def test_masters_counts_are_dropped(self, path: Path) -> None:
         """What the master counted before it forked is in no worker's total, and what the workers count is."""
         registry = CollectorRegistry()
         early, labelled = Counter("early", "-", registry=registry), Counter("labelled", "-", ["x"], registry=registry)
-        watch(registry)
+        FORK.watch(registry)
         early.inc(100)
         labelled.labels("a").inc(100)
 
@@ -575,7 +657,7 @@ class TestForks:
         """Where a child has no ledger, what its parent counted stands in no value of the library's."""
         registry = CollectorRegistry()
         early = Counter("early", "-", registry=registry)
-        watch(registry)
+        FORK.watch(registry)
         early.inc()
         before = sorted(vars(early._value))
         assert forked(lambda: sorted(vars(early._value)))() == before
@@ -583,7 +665,7 @@ class TestForks:
     def test_child_becomes_a_worker(self, path: Path) -> None:
         """A worker's child that starts a worker of its own counts only what it counted itself."""
         worker = Worker(path)
-        watch(worker.registry)
+        FORK.watch(worker.registry)
         use(worker, times=5)
 
         def child() -> object:

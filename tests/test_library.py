@@ -21,6 +21,29 @@ NAMES = [
     "_type",
     "_target_info",
 ]
+MULTIPROCESS = """
+import sys
+from prometheus_client import CollectorRegistry, Counter
+from prometheus_client.exposition import generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+Counter("hits", "-").inc()
+import consul_prom, consul_prom.gunicorn
+from consul_prom.cells import check_library
+from consul_prom.errors import LedgerError
+from consul_prom.kinds import known
+
+worker = consul_prom.Worker(request_metrics=False)
+worker.start()
+worker.stop()
+try:
+    check_library()
+except LedgerError as error:
+    print(error)
+assert not known()
+registry = CollectorRegistry()
+MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
 SCRIPT = """
 import logging, logging.handlers, os, queue, sys, time, urllib.request
 from prometheus_client import Counter, Histogram
@@ -67,3 +90,13 @@ def test_unknown(agent: DevAgent, workers: Workers, tmp_path: Path, name: str) -
     assert len(said) == (name in NAMES)
     assert all(re.fullmatch(warning, line) for line in said)
     assert not agent.state.services
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_multiprocess_mode(workers: Workers, tmp_path: Path, disabled: str) -> None:
+    """In multiprocess mode, where values are files of the application's, our checks of the library write nothing."""
+    said = workers.run(MULTIPROCESS, PROMETHEUS_MULTIPROC_DIR=str(tmp_path), CONSUL_PROM_DISABLED=disabled)
+    assert [line for line in said.splitlines() if line and not line.startswith("#")] == [
+        "prometheus_client is in multiprocess mode (PROMETHEUS_MULTIPROC_DIR)",
+        "hits_total 1.0",
+    ]

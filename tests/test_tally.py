@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
 from consul_prom import slots
 from consul_prom.tally import LogLines, Masters, Tally
@@ -207,3 +207,21 @@ def test_log_lines_of_a_worker(registry: CollectorRegistry) -> None:
     Counter("gunicorn_log_lines", "The application's.", registry=other)
     with pytest.raises(ValueError, match="Duplicated"):
         LogLines(other)
+
+
+def test_counted_by_masters(slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What masters have counted themselves is on their page, told apart by master; what is 0 is not."""
+    registry = CollectorRegistry()
+    monkeypatch.setattr("consul_prom.tally.REGISTRY", registry)
+    hits = Counter("hits", "Hits.", ["route"], registry=registry)
+    Counter("unused", "-", registry=registry)
+    Gauge("size", "-", registry=registry).set(3)
+    first = Tally(slot_directory, "shop")
+    hits.labels("/").inc(5)
+    first.workers(wanted=0, alive=0)
+    hits.labels("/").inc(2)
+    Tally(slot_directory, "shop").workers(wanted=0, alive=0)
+    assert {key: value for key, value in samples(slot_directory).items() if "_created" not in key} == {
+        'hits_total{master="0",route="/"}': 5,
+        'hits_total{master="1",route="/"}': 7,
+    }

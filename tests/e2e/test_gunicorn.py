@@ -225,7 +225,7 @@ def test_installed_first(consul: Consul, name: str) -> None:
 
 @pytest.mark.parametrize("options", [(), ("--preload",)], ids=["each", "preloaded"])
 def test_counted_at_import(consul: Consul, options: tuple[str, ...]) -> None:
-    """What is counted at an import is counted for each that a worker does, and not for its master's."""
+    """What is counted at an import is counted for each that a worker does; its master's is on the master's page."""
     with server(consul, *MODELS["sync"], *options) as shop:
         wait_until(lambda: settled(consul, shop), within=DEADLINE, what="the entries")
         for generation in (1, 2):
@@ -233,6 +233,7 @@ def test_counted_at_import(consul: Consul, options: tuple[str, ...]) -> None:
             killed = workers_of(entries(consul))[f"shop.{HOST}.0"]
             os.kill(killed, signal.SIGKILL)
             wait_until(partial(replaced, consul, shop, killed), within=DEADLINE, what="the next worker's entry")
+        assert shows(consul, 'imports_total{master="0"} 1.0') == bool(options)
 
 
 def test_no_service(consul: Consul) -> None:
