@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 
 import consul_prom
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "consul_prom"
 
 # A module imports only from rows with a smaller number. Modules that are not written yet have their place too.

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 
 from consul_prom import cli
 from consul_prom.values import parse_duration
+from tests import ROOT
 from tests.services.binaries import require
 from tests.services.building import CONSUL, PROMETHEUS
 from tests.services.consul import Consul
@@ -23,7 +24,6 @@ from tests.services.gunicorn import Gunicorn
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 SHOP = ("--service=shop", "--consul-http-addr=consul:8500")
 OPTIONS = ("-c", str(DEPLOY / "gunicorn.conf.py"))

@@ -25,9 +25,9 @@ from consul_prom.endpoint import Endpoint
 from consul_prom.registration import HEALTH_PATH
 from consul_prom.thread import MetricsThread
 from consul_prom.webconfig import WebConfig
+from tests import ROOT
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent
 DEADLINE = 10.0
 FOREIGN = "203.0.113.7"  # RFC 5737: no host has it
 

@@ -35,9 +35,9 @@ from consul_prom.continued import ContinuedRegistry, last_page
 from consul_prom.errors import LedgerError
 from consul_prom.exposition import Renderer
 from consul_prom.ledger import Ledger, read
+from tests import ROOT
 from tests.pages import render
 
-ROOT = Path(__file__).parent.parent
 OPEN = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8"
 ESCAPINGS = ("allow-utf-8", "underscores", "dots", "values")
 ACCEPTED = (
@@ -902,6 +902,6 @@ def test_supported_versions(which: str, tmp_path: Path) -> None:
     where = f"import prometheus_client; assert prometheus_client.__file__.startswith({str(tmp_path)!r})"
     subprocess.run([sys.executable, "-c", where], env=environ, check=True, timeout=300)
     options = ("--timeout=500", "--hypothesis-profile=thorough")
-    run = [sys.executable, "-m", "pytest", *options, "tests/test_family.py", "tests/test_exposition.py"]
+    run = [sys.executable, "-m", "pytest", *options, __file__, str(Path(__file__).with_name("test_exposition.py"))]
     done = subprocess.run(run, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=1100, check=False)
     assert done.returncode == 0, done.stdout

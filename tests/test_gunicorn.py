@@ -209,11 +209,11 @@ def test_forked_by_a_worker(slot_directory: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_hook_by_name() -> None:
     """A hook that is named rather than given, as Gunicorn allows, is called too."""
-    namespace: dict[str, Any] = {"on_exit": "tests.test_gunicorn.their_on_exit"}
+    namespace: dict[str, Any] = {"on_exit": f"{__name__}.their_on_exit"}
     hooks.install(namespace)
     Config().set("on_exit", namespace["on_exit"])
     namespace["on_exit"](_Server())
-    assert importlib.import_module("tests.test_gunicorn").SEEN
+    assert importlib.import_module(__name__).SEEN
 
 
 SEEN: list[object] = []
@@ -224,4 +224,4 @@ class _Server:
 
 
 def their_on_exit(server: object) -> None:
-    importlib.import_module("tests.test_gunicorn").SEEN.append(server)
+    importlib.import_module(__name__).SEEN.append(server)

@@ -19,12 +19,12 @@ from consul_prom import snippets
 from consul_prom.devagent import DevAgent
 from consul_prom.settings import load
 from consul_prom.tally import Masters
+from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "deploy" / "migrate" / "README.md").read_text(encoding="utf-8")
 
 

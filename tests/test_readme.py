@@ -16,12 +16,12 @@ import consul_prom
 from consul_prom import cli, snippets
 from consul_prom.settings import load
 from consul_prom.tally import Masters, Tally
+from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import hypothesis
 import pytest
 from consul.base import Consul as Consul2
 from consul.base import Response
@@ -579,7 +578,6 @@ class _Talkative:
         return callback(Response(200, {}, "true", b"true"))
 
 
-@hypothesis.settings(max_examples=500, deadline=None)
 @given(
     entries=st.lists(ENTRIES, min_size=1, max_size=4), checks=st.lists(CHECKS, min_size=1, max_size=2), other=ANYTHING
 )

@@ -22,9 +22,9 @@ import pytest
 from consul_prom import slots
 from consul_prom.errors import SlotError
 from consul_prom.slots import acquire, directory_id, process_identity, try_slot
+from tests import ROOT
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent
 DEADLINE = 20.0
 
 

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ import pytest
 from consul_prom import thread as module
 from consul_prom.errors import EndpointError
 from consul_prom.thread import MetricsThread
+from tests import ROOT
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parent.parent
 DEADLINE = 10.0
 
 

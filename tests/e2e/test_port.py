@@ -24,12 +24,12 @@ import yaml
 
 from consul_prom import snippets
 from consul_prom.settings import load
+from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 PASSWORD = "hunter2"  # nobody's
 SCRIPT = """
 import signal

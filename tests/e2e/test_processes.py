@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 from consul_prom.slots import process_identity
+from tests import ROOT
 from tests.e2e.exits import DEADLINE, LOGGING, entries, workers_of
 from tests.services.consul import Consul
 from tests.services.program import Program
 from tests.services.waiting import wait_until
-
-ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import sys

@@ -20,9 +20,8 @@ from typing import Any, Self
 from prometheus_client import CollectorRegistry
 
 from consul_prom import Worker
+from tests import ROOT
 from tests.services.consul import Consul
-
-ROOT = Path(__file__).parents[2]
 
 
 class Fleet:

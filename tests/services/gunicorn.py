@@ -5,9 +5,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tests import ROOT
 from tests.services.program import Program
 
-ROOT = Path(__file__).parents[2]
 HOOKS = ("-c=python:consul_prom.gunicorn", "--no-control-socket")
 
 
