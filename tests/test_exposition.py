@@ -362,7 +362,7 @@ class TestEncoding:
         )
 
     def test_is_said_once(self, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
-        """One WARNING names the metric; one INFO says that it is over."""
+        """One WARNING names the metric, and one says that it is over."""
         caplog.set_level(logging.INFO)
         counter = Counter("reqs", "-", ["x"], registry=registry)
         counter.labels(self.BAD).inc()
@@ -374,7 +374,7 @@ class TestEncoding:
         assert "reqs has a label value that is not valid UTF-8" in caplog.text
         counter.clear()
         render(renderer)
-        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
     def test_exemplar(self, registry: CollectorRegistry) -> None:
         """Such an exemplar is left out, and the sample stays."""

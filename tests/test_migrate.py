@@ -92,16 +92,17 @@ def test_multiprocess(agent: DevAgent, tmp_path: Path) -> None:
 
 
 def test_prometheus_async(agent: DevAgent, tmp_path: Path) -> None:
-    """Two servers of one host are two entries now, each of its own."""
+    """Two servers of one host have an entry each, until their process ends."""
     _, after = pair("From prometheus_async's own ConsulAgent")
     call = (
-        f"{after}\nimport asyncio\nasync def main():\n"
+        f"{after}\nimport asyncio, os\nfrom urllib.request import urlopen\nasync def main():\n"
         "    servers = [await serve() for _ in range(2)]\n"
         "    print([server.is_registered for server in servers])\n"
+        "    print(urlopen(os.environ['CONSUL_HTTP_ADDR'] + '/v1/agent/services').read().count(b'managed_by'))\n"
         "asyncio.run(main())"
     )
-    assert python(call, agent, tmp_path, CONSUL_PROM_REQUIRED="true") == "[True, True]\n"
-    assert len(agent.state.services) == 2
+    assert python(call, agent, tmp_path, CONSUL_PROM_REQUIRED="true") == "[True, True]\n2\n"
+    assert not agent.state.services
 
 
 def test_prometheus_async_before(agent: DevAgent, tmp_path: Path) -> None:
