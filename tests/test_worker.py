@@ -397,7 +397,7 @@ class TestAddress:
 
 
 class TestPassingTrouble:
-    """What may pass is one WARNING, tried again as the agent is, and one INFO once it has passed."""
+    """What may pass is one WARNING, tried again as the agent is, and one more once it has passed."""
 
     def passes(self, worker: Worker, end: Callable[[], object], words: str, caplog: pytest.LogCaptureFixture) -> None:
         """Start a *worker* that cannot start for the reason in *words*, until *end* ends that."""
@@ -411,7 +411,7 @@ class TestPassingTrouble:
         registered(worker)
         assert page(worker)
         levels = [record.levelname for record in caplog.records if record.name.startswith("consul_prom")]
-        assert (levels.count("WARNING"), levels.count("ERROR")) == (1, 0)
+        assert (levels.count("WARNING"), levels.count("ERROR")) == (2, 0)
         assert "shop can be served again" in caplog.text
 
     def test_directory(self, make: Make, directory: Path, caplog: pytest.LogCaptureFixture) -> None:
