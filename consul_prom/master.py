@@ -45,6 +45,11 @@ class Master:
         """False in a process that was forked from the master."""
         return self._pid == os.getpid()
 
+    @property
+    def _whole(self) -> bool:
+        """Whether no part of it is missing: a directory that cannot be used costs it the tally."""
+        return bool(self._settings and (self._tally or not self._settings.service))
+
     def workers(self, *, wanted: int, alive: int) -> None:
         with self._unharmed():
             if tally := self._counts():
@@ -90,7 +95,7 @@ class Master:
         except Exception:
             log.exception("consul-prom did not expect this in Gunicorn's master")
         else:
-            if self._undertaker:  # or it has no part
+            if self._whole:
                 self._log.over("consul-prom does its part in Gunicorn's master again")
 
     @contextmanager

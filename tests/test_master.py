@@ -92,7 +92,7 @@ def test_directory_fails_at_the_start(agent: DevAgent, slot_directory: Path, cap
     assert Masters(slot_directory, "shop").living()["0"]["wanted"] == 2
     logging.getLogger(LOG).error("a line")
     assert Masters(slot_directory, "shop").living()["0"]["lines"]["error"] == 1
-    assert [record.levelname for record in caplog.records if record.name != LOG] == ["WARNING", "INFO"]
+    assert [record.levelname for record in caplog.records if record.name != LOG] == ["WARNING", "WARNING"]
     master.stop(dying=lambda: False)
     assert not logging.getLogger(LOG).filters
 
