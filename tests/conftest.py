@@ -25,7 +25,7 @@ MakeSettings = Callable[..., Settings]
 
 FEW = 5
 NOT_SETTINGS = {"CONSUL_BIN"}
-NO_SERVICES = ("tests/unit/", "tests/architecture/")
+NO_SERVICES = "tests/unit"
 PER_CORE = 3  # most tests wait for a clock or for another process
 
 # How long an example takes says how busy the machine is, and nothing about the code.
@@ -42,9 +42,12 @@ sys.dont_write_bytecode = False
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return how many processes run the tests; none if all tests are named, because starting them takes longer."""
+    cores = len(os.sched_getaffinity(0))
     if all("::" in argument for argument in config.args):
         return 0
-    return PER_CORE * len(os.sched_getaffinity(0))
+    if all(argument.startswith(NO_SERVICES) for argument in config.args):
+        return cores  # these tests do not wait
+    return PER_CORE * cores
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -115,7 +115,7 @@ def test_adoption(consul: Consul) -> None:
         before = {key[-1]: entry["Port"] for key, entry in entries(consul).items() if not key.endswith(".master")}
         scrapes = re.search("^consul_prom_registrations_total.* 1.0$", page(consul, "0"), re.MULTILINE)
         assert scrapes
-        os.kill(shop.pid, signal.SIGHUP)
+        reload_side_by_side(consul, shop)
         wait_until(lambda: adopted() == before, within=DEADLINE, what="the old slots adopted, on their ports")
         assert scrapes[0] in page(consul, "0")
         assert sorted(workers_of(entries(consul))) == [f"shop.{HOST}.2", f"shop.{HOST}.3"]
@@ -124,6 +124,17 @@ def test_adoption(consul: Consul) -> None:
         assert sorted(workers_of(entries(consul))) == [f"shop.{HOST}.0", f"shop.{HOST}.1"]
         assert shop.stop() == 0
         assert not entries(consul)
+
+
+def reload_side_by_side(consul: Consul, shop: Gunicorn) -> None:
+    """Reload so that the old workers end after the new ones have their slots, however busy the machine is."""
+    old = shop.workers()
+    for pid in old:
+        os.kill(pid, signal.SIGSTOP)
+    os.kill(shop.pid, signal.SIGHUP)
+    wait_until(lambda: len(workers_of(entries(consul))) == 2 * len(old), within=DEADLINE, what="the new workers")
+    for pid in old:
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_exits_are_counted(consul: Consul) -> None:
