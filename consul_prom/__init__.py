@@ -27,16 +27,33 @@ _HOMES = {
     "running": "consul_prom.worker",
     "setup": "consul_prom.aiohttp",
 }
-__all__ = ["ConsulDiscovery", "ConsulPromError", "SettingsError", "Worker", "__version__", "running", "setup"]
+_MODULES = {"asgi", "gunicorn", "wsgi"}
+__all__ = [
+    "ConsulDiscovery",
+    "ConsulPromError",
+    "SettingsError",
+    "Worker",
+    "__version__",
+    "asgi",
+    "gunicorn",
+    "running",
+    "setup",
+    "wsgi",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for when it is asked for: a command must not pay for a worker's libraries."""
-    if name in {"asgi", "gunicorn", "wsgi"}:
+    """Import a public name when it is first used: a command must not pay for a worker's libraries."""
+    if name in _MODULES:
         return import_module(f"consul_prom.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'consul_prom' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, used or not yet, and not what their use has imported."""
+    return __all__
 
 
 def _before_fork() -> None:

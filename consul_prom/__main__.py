@@ -1,9 +1,11 @@
 """The command ``consul-prom``, also as ``python -m consul_prom``."""
 
-from consul_prom.cli import commands
-
 
 def main() -> None:
+    try:
+        from consul_prom.cli import commands
+    except KeyboardInterrupt:  # click reports it from then on, in the same words
+        raise SystemExit("Aborted!") from None
     commands(prog_name="consul-prom")
 
 

@@ -38,7 +38,8 @@ def commands() -> None:
     Every command reads the same environment variables as the workers; options beat them. What `config settings` shows
     and a command heeds is an option too, shown or not, but for secrets.
 
-    Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 the agent cannot be reached.
+    Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 the agent cannot be reached, 141 the
+    output is no longer read (`| head`).
 
     \b
     Examples:

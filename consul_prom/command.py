@@ -1,6 +1,6 @@
 """What all commands share: their exit codes, the settings as options, the agent, and JSON.
 
-Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 no agent.
+Exit codes: 0 nothing wrong, 1 a finding or something left undone, 2 usage, 3 no agent, 141 nobody reads the output.
 """
 
 import asyncio
@@ -8,6 +8,8 @@ import errno
 import functools
 import json
 import os
+import signal
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
@@ -47,9 +49,15 @@ class Commands(click.Group):
         except ConsulPromError as error:
             raise Failure(str(error)) from error
         except OSError as error:
-            if error.errno == errno.EPIPE:  # who reads us has seen enough
-                raise
+            if error.errno == errno.EPIPE:
+                raise _unread() from error
             raise Failure(reason(error)) from error
+
+
+def _unread() -> click.exceptions.Exit:
+    """The reader of our output is gone, as `head` is: exit like a program that SIGPIPE ended, which is no finding."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it exits
+    return click.exceptions.Exit(128 + signal.SIGPIPE)
 
 
 def reason(error: OSError) -> str:

@@ -1,8 +1,11 @@
 """What the commands show: rich in a terminal, plain lines in a pipe, and only what a terminal may safely be shown."""
 
+import errno
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Literal
 
 from rich import box
 from rich.console import Console
@@ -25,11 +28,18 @@ COLOURS: Final = {
 }
 
 
+class _Console(Console):
+    """Rich's own would exit with 1, which says that something was found."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 class Screen:
     """Standard output."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = _Console(highlight=False)
 
     @property
     def is_terminal(self) -> bool:
@@ -49,8 +59,12 @@ class Screen:
         cells = [["" if cell is None else self._clean(str(cell)) for cell in row] for row in rows]
         if self.is_terminal:
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            widest = max((len(row[0]) for row in cells), default=0)
             for column in columns:
-                table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+                # The first column is a name to copy: it stays in one line if that leaves the others room.
+                whole = column == columns[0] and widest <= self._console.width // 2
+                side: Literal["left", "right"] = "right" if column in numbers else "left"
+                table.add_column(column, justify=side, overflow="fold", no_wrap=whole)
             for row in cells:
                 table.add_row(*(Text(cell, style=COLOURS.get(cell, "")) for cell in row))
             self._console.print(table)
@@ -82,7 +96,7 @@ class Screen:
         if not self.is_terminal:
             yield lambda lines: self.verbatim("\n".join(lines))
             return
-        with Live(console=self._console, auto_refresh=False, screen=True) as live:
+        with _ended_as_by_ctrl_c(), Live(console=self._console, auto_refresh=False, screen=True) as live:
 
             def show(lines: Sequence[str]) -> None:
                 room = self._console.height - 1
@@ -106,6 +120,23 @@ class Screen:
         """What others registered may hold escape sequences, and what the terminal cannot encode would end us."""
         shown = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
         return shown.encode(self._console.encoding, "backslashreplace").decode(self._console.encoding)
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as SIGINT: by default they end Python without giving the terminal back.
+
+    A signal that is ignored, as under nohup, stays ignored.
+    """
+    ends = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in ends if signal.getsignal(number) is signal.SIG_DFL}
+    for number in before:
+        signal.signal(number, signal.getsignal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _aligned(rows: Sequence[Sequence[str]], numbers: set[int]) -> str:

@@ -35,6 +35,8 @@ _SHOWN: Final = (
 _QUERY: Final = urlencode([("name[]", name) for name in _SHOWN])
 _SAMPLE: Final = re.compile(r"^([a-z_]+)(?:\{(.*)\})? ([^ ]+)$", re.MULTILINE)
 _LE: Final = re.compile(r'(?:^|,)le="([^"]+)"')
+MOST: Final = 1e15
+"""No figure of a worker is larger, a process' bytes and its requests of a century included."""
 
 
 class Target(NamedTuple):
@@ -75,15 +77,24 @@ class Reading:
 
 
 def parse(text: str, *, at: float) -> Page:
+    """Raise ValueError if a line that is shown has no figure that a worker can have."""
     values: Counter[str] = Counter()
     buckets: Counter[float] = Counter()
     for name, labels, number in _SAMPLE.findall(text):
         if name == "http_request_duration_seconds_bucket":
             if bound := _LE.search(labels):
-                buckets[float(bound[1])] += float(number)  # type: ignore[assignment]
+                upper = math.inf if bound[1] == "+Inf" else _figure(bound[1])
+                buckets[upper] += _figure(number)  # type: ignore[assignment]
         else:
-            values[name] += float(number)  # type: ignore[assignment]
+            values[name] += _figure(number)  # type: ignore[assignment]
     return Page(at, values, buckets)
+
+
+def _figure(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= MOST:
+        raise ValueError(f"{text} is no figure of a worker")
+    return value
 
 
 def quantile(share: float, buckets: Mapping[float, float]) -> float | None:
@@ -144,8 +155,8 @@ class Track:
             in_progress=values.get("http_requests_in_progress"),
             memory=values.get("process_resident_memory_bytes"),
             lag=values.get("consul_prom_event_loop_lag_seconds"),
-            age=page.at - values["process_start_time_seconds"] if "process_start_time_seconds" in values else None,
-            scraped=page.at - self._scraped_at if self._scraped_at else None,
+            age=_since(values.get("process_start_time_seconds"), page.at),
+            scraped=_since(self._scraped_at, page.at),
             **rates,
         )
 
@@ -154,6 +165,11 @@ class Track:
         scrapes = values["consul_prom_scrapes_total"] - (before.values["consul_prom_scrapes_total"] if before else 0)
         if scrapes > (1 if before else 0):
             self._scraped_at = values["consul_prom_last_scrape_timestamp_seconds"] or None
+
+
+def _since(moment: float | None, now: float) -> float | None:
+    """The clocks of two hosts differ: not below 0."""
+    return None if moment is None else max(now - moment, 0)
 
 
 async def watch(
@@ -206,13 +222,13 @@ def read(target: Target) -> Page | str:
             connection.request("GET", f"/metrics?{_QUERY}", headers={"Accept": "text/plain;version=0.0.4"})
             answer = connection.getresponse()
             text = answer.read().decode()
+        return parse(text, at=time.time()) if answer.status == http.client.OK else str(answer.status)
     except TimeoutError:
         return "silent"
     except ConnectionRefusedError:
         return "refused"
     except (OSError, ValueError, http.client.HTTPException):
         return "broken"
-    return parse(text, at=time.time()) if answer.status == http.client.OK else str(answer.status)
 
 
 def ordered(rows: Iterable[Reading], *, by: str, containing: str = "") -> list[Reading]:
@@ -276,11 +292,11 @@ def sparkline(values: Sequence[float]) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    for unit in ("", "k", "M"):
-        if value < 10_000:
-            return f"{value:.1f}{unit}" if value < 10 and value != int(value) else f"{value:.0f}{unit}"
+    for unit in ("", "k", "M", "G", "T"):
+        if value < (999.5 if unit else 9999.5):
+            return f"{value:.1f}{unit}" if value < 9.95 and value != int(value) else f"{value:.0f}{unit}"
         value /= 1000
-    return f"{value:.0f}G"
+    return f"{value:.0f}P"
 
 
 def _time(seconds: float | None) -> str:
@@ -292,4 +308,4 @@ def _time(seconds: float | None) -> str:
         if seconds < size:
             return f"{seconds:.1f}{unit}" if seconds < 10 and unit == "s" else f"{seconds:.0f}{unit}"
         seconds /= size if unit != "h" else 24
-    return f"{seconds:.0f}d"
+    return f"{seconds:.0f}d" if seconds < 999 else ">2y"

@@ -215,7 +215,12 @@ class TestPackage:
         assert consul_prom.__all__ == sorted(consul_prom.__all__)
         for name in consul_prom.__all__:
             assert getattr(consul_prom, name) is not None
-        assert set(consul_prom._HOMES) == set(consul_prom.__all__) - {"__version__"}
+        assert consul_prom._HOMES.keys() | consul_prom._MODULES == set(consul_prom.__all__) - {"__version__"}
+
+    def test_dir(self) -> None:
+        """`dir()` lists the public names and nothing else, before and after their use."""
+        for use in ("", "consul_prom.asgi, consul_prom.gunicorn, consul_prom.wsgi, consul_prom.setup"):
+            assert _run(f"import consul_prom\n{use}\nprint(*dir(consul_prom))").split() == consul_prom.__all__
 
     def test_homes_are_right(self) -> None:
         """Each name is defined in the module that it is fetched from."""

@@ -140,11 +140,44 @@ def test_reader_that_goes_away(agent: DevAgent) -> None:
             with shown:
                 for _ in range(2):
                     assert shown.readline() == f"The agent at {agent.url} shows us no worker of the service shop.\n"
-            assert process.wait(30) == 1
+            assert process.wait(30) == 128 + signal.SIGPIPE
             assert errors.read() == ""
         finally:
             process.kill()
             process.wait()
+
+
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("list", "--json"), ("config", "settings"), ("doctor", "--service=x")]
+)
+def test_nobody_reads(agent: DevAgent, arguments: tuple[str, ...]) -> None:
+    """A pipe that nobody reads is no finding: the exit code is the one of a program that SIGPIPE ended."""
+    line, env = command(*arguments, CONSUL_HTTP_ADDR=agent.url)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer) as pipe:  # noqa: PTH123  # a descriptor
+        done = subprocess.run(line, env=env, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_interrupted_while_it_starts() -> None:
+    """Ctrl-C while libraries are imported shows no stack trace."""
+    program = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "rich":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+import consul_prom.__main__
+consul_prom.__main__.main()
+"""
+    _, env = command()
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (1, "Aborted!\n")
 
 
 def test_full_disk() -> None:
@@ -574,6 +607,7 @@ def test_config_settings(run: Run) -> None:
     assert code == 0
     assert "\u2500\u2500\u2500" in text
     assert "| `" not in text
+    assert [row.env for row in ROWS if not re.search(rf"{row.env}\s", text)] == [], "names that are broken over lines"
 
 
 def test_config_prometheus(run: Run, agent: DevAgent) -> None:

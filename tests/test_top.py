@@ -9,8 +9,11 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,26 @@ def page(at: float, requests: float = 0, **more: float) -> Page:
     return parse("".join(f"{name} {value}\n" for name, value in {**values, **more}.items()), at=at)
 
 
+@contextmanager
+def served(text: str) -> Iterator[int]:
+    """A port that answers one request with *text*."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # the library's name
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the library's name
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        yield server.server_port
+        thread.join()
+
+
 class TestPages:
     """What a page says."""
 
@@ -44,6 +67,24 @@ class TestPages:
         found = parse(text + BUCKETS.format("0.1", 3) + BUCKETS.format("+Inf", 4) * 2, at=5)
         assert found.values == {"http_requests_total": 12}
         assert found.buckets == {0.1: 3, math.inf: 8}
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "http_requests_total abc",
+            BUCKETS.format("x", 1).strip(),
+            BUCKETS.format("nan", 1).strip(),
+            BUCKETS.format("1e300", 1).strip(),
+            BUCKETS.format("1", "1e400").strip(),
+            "consul_prom_event_loop_lag_seconds -1e300",
+            "process_resident_memory_bytes 1e300",
+            "process_cpu_seconds_total NaN",
+        ],
+    )
+    def test_odd_line(self, line: str) -> None:
+        """A page with a figure that no worker has is unreadable; the other rows are shown."""
+        with served(f"process_start_time_seconds 1\n{line}\n") as port:
+            assert top.read(TARGET._replace(port=port)) == "broken"
 
     @pytest.mark.parametrize(
         ("share", "buckets", "expected"),
@@ -102,6 +143,12 @@ class TestWorker:
         row = Track().row(TARGET, page(100, consul_prom_scrapes_total=0, consul_prom_last_scrape_timestamp_seconds=0))
         assert row.scraped is None
 
+    def test_clocks_differ(self) -> None:
+        """A worker whose host's clock is ahead of ours is no younger than 0 s, and was scraped no later than now."""
+        figures = {"process_start_time_seconds": 1e15, "consul_prom_last_scrape_timestamp_seconds": 1e15}
+        row = Track().row(TARGET, page(100, **figures))
+        assert (row.age, row.scraped) == (0, 0)
+
     def test_adopted(self) -> None:
         """The page of a slot without a worker is told apart, and shows nothing of a process."""
         track = Track()
@@ -147,6 +194,7 @@ class TestTable:
         [
             Reading("x" * 200, "adopted", 1e12, (1.0,) * 6, 1e7, 1e6, 1e6, 1e16, 99.99, 1e6, 8e7, 1e7),
             Reading("a:0", "up", 9999.4, (0.0,) * 6, 9999, 59.94, 0.9994, 9999.4 * 2**20, 1.0, 0.9994, 86400, 9.94),
+            Reading("a:0", "up", 1e18, (1e18,), 1e15, 1e15, 1e15, 1e15, 1e15, 1e15, 1e15, 1e15),
             Reading("a:0", "silent"),
             *ROWS,
         ],
@@ -203,11 +251,12 @@ def test_real_workers(shop: Any, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "refused" in result.stdout
     assert run("--once", "--filter=nobody").stdout.startswith("The agent at")
-    live_in_a_terminal(environ)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        live_in_a_terminal(environ, number)
 
 
-def live_in_a_terminal(environ: dict[str, str]) -> None:
-    """It is drawn again and again until Ctrl-C, without a stack trace."""
+def live_in_a_terminal(environ: dict[str, str], number: signal.Signals) -> None:
+    """It is drawn again and again until a signal, which leaves the terminal as it was, without a stack trace."""
     ours, theirs = pty.openpty()
     env = {**os.environ, "PYTHONPATH": str(PACKAGE), "TERM": "xterm", "COLUMNS": "80", "LINES": "24", **environ}
     command = [sys.executable, "-m", "consul_prom", "top", "--interval=0.2"]
@@ -218,7 +267,7 @@ def live_in_a_terminal(environ: dict[str, str]) -> None:
         while text.count("req/s") < 3 and time.monotonic() < deadline:
             if select.select([ours], [], [], 1)[0]:
                 text += os.read(ours, 65536).decode()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         while select.select([ours], [], [], 10)[0]:
             try:
                 text += os.read(ours, 65536).decode()
@@ -232,6 +281,8 @@ def live_in_a_terminal(environ: dict[str, str]) -> None:
     assert text.count("req/s") >= 3
     assert "3 workers" in text
     assert "Traceback" not in text
+    for on, off in (("\x1b[?25l", "\x1b[?25h"), ("\x1b[?1049h", "\x1b[?1049l")):
+        assert 0 <= text.find(on) < text.rfind(off), "the cursor is shown and the alternate screen is left"
 
 
 def test_needs_a_service() -> None:
