@@ -54,7 +54,7 @@ commands.add_command(entries.deregister)
 
 
 @commands.command()
-@click.option("--prometheus", default="", metavar="URL", help="A Prometheus that shall scrape the workers.")
+@click.option("--prometheus", default="", metavar="URL", help="Also check that this Prometheus scrapes the workers.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @reads("service", "consul_service", "host", "address", "bind", "port", "dir", "ledger", "web_config")
 def doctor(settings: Settings, *, prometheus: str, as_json: bool) -> None:

@@ -9,8 +9,11 @@ import shutil
 import socket
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from consul_prom import caretaker, slots, targets
@@ -18,40 +21,46 @@ from consul_prom.address import is_local
 from consul_prom.caretaker import Entry
 from consul_prom.cells import check_library
 from consul_prom.client import AgentClient
-from consul_prom.errors import AgentDenied, AgentError, ConsulPromError
-from consul_prom.finding import Finding, listed, number_of
+from consul_prom.errors import AgentBusy, AgentDenied, AgentError, AgentTimeout, AgentUnreachable, ConsulPromError
+from consul_prom.finding import Finding, State, listed, number_of
 from consul_prom.ledger import STEP, ledger_path
 from consul_prom.registrar import WATCHING_SLOTS
-from consul_prom.registration import is_of, is_on, is_worker, origin, parse_entry_id
+from consul_prom.registration import is_of, is_on, is_worker, parse_entry_id
 from consul_prom.settings import Settings, check_named, check_worker
 from consul_prom.snippets import write_rule
 from consul_prom.webconfig import WebConfig
+from consul_prom.wire import quoted, request_headers, words_of
 
 OLDEST: Final = (1, 7)
 """Of Consul: what selects entries by an expression came with 1.5, and the question for rights with 1.7."""
 CROWDED: Final = 0.8
+DEFAULT_LIMIT: Final = 200
+_RAISE: Final = "Raise limits.http_max_conns_per_client in the agent's configuration."
 
 
 @dataclass
 class _Seen:
-    """What was asked for once; None where it could not be had."""
+    """Everything that was asked for once; None is unknown."""
 
     settings: Settings
     agent: AgentClient
     about_agent: Mapping[str, Any] | None = None
-    everyone: list[Entry] = field(default_factory=list)
+    accepted: bool = True
+    """The token."""
+    everyone: list[Entry] | None = None
     dead: list[str] = field(default_factory=list)
-    usable: bool = True
-    """The directory."""
+    directory: State = "ok"
     catalogue: list[dict[str, Any]] | None = None
 
     @property
     def entries(self) -> list[Entry]:
-        return [entry for entry in self.everyone if entry["Meta"].get("service") == self.settings.service]
+        return [entry for entry in self.everyone or [] if entry["Meta"].get("service") == self.settings.service]
 
     @property
-    def places(self) -> dict[str, tuple[str, int]]:
+    def places(self) -> dict[str, tuple[str, int]] | None:
         """Of the catalogue's entries and the agent's, by their IDs."""
+        if self.everyone is None:
+            return None
         others = {it["ServiceID"]: (it["ServiceAddress"], it["ServicePort"]) for it in self.catalogue or []}
         return others | {it["ID"]: (it["Address"], it["Port"]) for it in self.entries}
 
@@ -64,6 +73,12 @@ class _Seen:
         """Those of `here` that are neither an adopted slot nor the page of Gunicorn's masters."""
         return [entry for entry in self.here if is_worker(entry["Meta"])]
 
+    @property
+    def directories(self) -> list[Path]:
+        """Those that the entries of `here` name, but for dead workers."""
+        named = {entry["Meta"].get("dir", "").partition(":")[2] for entry in self.here if entry["ID"] not in self.dead}
+        return [Path(name) for name in sorted(named - {""})]
+
 
 async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "") -> AsyncGenerator[Finding]:
     """Each finding as soon as it is known; what cannot be known for an earlier one's sake says so."""
@@ -71,40 +86,70 @@ async def examine(settings: Settings, agent: AgentClient, *, prometheus: str = "
     yield (first := _settings(settings))
     if first.state == "wrong":
         return
-    yield (reached := await _agent(seen))
-    if reached.state != "wrong":
-        for check in (_version, _token):
-            yield await check(seen)
-        try:
-            seen.everyone = await caretaker.entries(agent)
-        except AgentError as error:
-            yield Finding("entries", "wrong", f"The entries cannot be read: {error}.", f"Add {_rule(settings)}.")
-        for check in (_catalogue, _workers, _address, _ports, _directory, _ledgers, _claims, _limits):
-            yield await check(seen)
-    for finding in await targets.examine(settings, seen.places, url=prometheus):
+    async with aclosing(_at_agent(seen)) as found:
+        async for finding in found:
+            yield finding
+    yield (finding := _directory(seen))
+    seen.directory = finding.state
+    yield _ledgers(seen)
+    for finding in await targets.examine(settings, seen.places, dead=seen.dead, url=prometheus):
         yield finding
 
 
+async def _at_agent(seen: _Seen) -> AsyncGenerator[Finding]:
+    """Ask the agent until it gives no answer that more could be concluded from."""
+    yield (reached := await _agent(seen))
+    if reached.state == "wrong":
+        return
+    yield await _token(seen)
+    if not seen.accepted:
+        return
+    yield await _version(seen)
+    try:
+        seen.everyone = await caretaker.entries(seen.agent)
+    except AgentError as error:
+        yield Finding("entries", "wrong", f"The entries cannot be read: {error}.", _cure(seen.settings, error))
+        return
+    for check in (_catalogue, _workers, _address, _ports, _claims, _limits):
+        yield await check(seen)
+
+
 def _settings(settings: Settings) -> Finding:
+    cure = "Set it as for the workers, by an option or a variable."
     try:
         check_named(settings)
+        cure = "Unset it for the workers too: deploy/migrate/README.md says what else goes."
         check_worker(settings)
+        cure = "Correct the file: the workers do not start with it."
         if settings.web_config:
             WebConfig(settings.web_config)
+        cure = "Let the workers' user read a token there, and run this as that user."
+        request_headers(settings)
     except ConsulPromError as error:
-        return Finding("settings", "wrong", _sentence(error), "Set it as for the workers, by an option or a variable.")
+        return Finding("settings", "wrong", _sentence(error), cure)
     return Finding("settings", "ok", f"The service {settings.service} is registered as {settings.consul_service}.")
 
 
 async def _agent(seen: _Seen) -> Finding:
-    where = f"The agent at {seen.settings.consul_http_addr}"
     try:
         seen.about_agent = await seen.agent.self_()
     except AgentDenied:
-        return Finding("agent", "ok", f"{where} answers; what it tells of itself needs agent:read.")
+        pass  # it needs agent:read, which no worker needs
     except AgentError as error:
-        return Finding("agent", "wrong", _sentence(error), "Start it, or set CONSUL_HTTP_ADDR.")
-    return Finding("agent", "ok", f"{where} answers.")
+        return Finding("agent", "wrong", _sentence(error), _cure(seen.settings, error))
+    return Finding("agent", "ok", f"The agent at {seen.settings.consul_http_addr} answers.")
+
+
+def _cure(settings: Settings, error: AgentError) -> str:
+    if isinstance(error, AgentDenied):
+        return f"Add {_rule(settings)}."
+    if isinstance(error, AgentBusy):
+        return _RAISE
+    if isinstance(error, (AgentTimeout, AgentUnreachable)):
+        tls = settings.consul_http_addr.scheme == "https"
+        others = ", or CONSUL_CACERT or CONSUL_TLS_SERVER_NAME if it refuses the other's certificate" if tls else ""
+        return f"Start it, or set CONSUL_HTTP_ADDR{others}."
+    return "The agent's log says why; if another program listens there, set CONSUL_HTTP_ADDR."
 
 
 async def _version(seen: _Seen) -> Finding:
@@ -112,6 +157,8 @@ async def _version(seen: _Seen) -> Finding:
         return Finding("version", "unknown", "Consul's version is not told.", "It needs agent:read.")
     text = str(seen.about_agent.get("Config", {}).get("Version", ""))
     numbers = tuple(int(number) for number in re.findall("[0-9]+", text)[:2])
+    if not numbers:
+        return Finding("version", "unknown", "The agent tells no version.")
     if numbers < OLDEST:
         return Finding("version", "wrong", f"Consul {text} is too old.", f"{OLDEST[0]}.{OLDEST[1]} is the least.")
     return Finding("version", "ok", f"Consul is {text}.")
@@ -121,12 +168,14 @@ async def _token(seen: _Seen) -> Finding:
     try:
         allowed = await seen.agent.may_write(seen.settings.consul_service)
     except AgentDenied as error:
-        return Finding("token", "wrong", f"The token is not accepted: {error}.", "Set CONSUL_HTTP_TOKEN_FILE anew.")
+        seen.accepted = False
+        cure = f"Set {_credentials(seen.settings)} to what the agent accepts."
+        return Finding("token", "wrong", f"The token is not accepted: {error}.", cure)
     except AgentError as error:
         return Finding("token", "unknown", f"The token's rights cannot be asked for: {error}.")
     if not allowed:
         return Finding("token", "wrong", "The token may not register the workers.", f"Add {_rule(seen.settings)}.")
-    return Finding("token", "ok", f"Whoever has this token may register {seen.settings.consul_service}.")
+    return Finding("token", "ok", f"This token may register {seen.settings.consul_service}.")
 
 
 async def _catalogue(seen: _Seen) -> Finding:
@@ -142,7 +191,7 @@ async def _catalogue(seen: _Seen) -> Finding:
     node = str((seen.about_agent or {}).get("Config", {}).get("NodeName", ""))
     if not node:
         return Finding("catalogue", "unknown", "The agent does not tell its node's name.", "It needs agent:read.")
-    held = {entry["ID"] for entry in seen.everyone}
+    held = {entry["ID"] for entry in seen.everyone or []}
     ghosts = sorted(entry["ServiceID"] for entry in seen.catalogue if entry["Node"] == node)
     ghosts = [entry_id for entry_id in ghosts if entry_id not in held]
     if ghosts:
@@ -152,18 +201,25 @@ async def _catalogue(seen: _Seen) -> Finding:
             f"The catalogue has {listed(ghosts)}, which the agent has dropped: Prometheus scrapes it still.",
             f'Give the agent of {node} a token of its own, acl.tokens.agent: node_prefix "" {{ policy = "write" }}.',
         )
-    return Finding("catalogue", "ok", "The catalogue has what the agent has.")
+    return Finding("catalogue", "ok", "The catalogue has no entry that the agent has dropped.")
 
 
 async def _address(seen: _Seen) -> Finding:
     settings = seen.settings
-    for entry in (it for it in seen.here if it["ID"] not in seen.dead):
-        for check in await seen.agent.checks(entry["ID"]):
-            if check.get("Status") == "critical" and check.get("Output"):
-                place = origin(entry["Address"], entry["Port"]).removeprefix("http://")
-                said = " ".join(str(check["Output"]).split())[:200]
-                cure = "Set CONSUL_PROM_ADDRESS to one that the agent reaches, and let CONSUL_PROM_ALLOW have it in."
-                return Finding("address", "wrong", f"The agent cannot reach {entry['ID']} at {place}: {said}", cure)
+    failing: dict[str, str] = {}
+    try:
+        for entry in (it for it in seen.here if it["ID"] not in seen.dead):
+            for check in await seen.agent.checks(entry["ID"]):
+                if check.get("Status") == "critical" and check.get("Output"):
+                    failing[entry["ID"]] = quoted(seen.settings, str(check["Output"]))
+    except AgentError as error:
+        return Finding("address", "unknown", f"The agent's checks cannot be read: {error}.")
+    if failing:
+        cure = "Set CONSUL_PROM_ADDRESS to one that the agent reaches, and let CONSUL_PROM_ALLOW have it in."
+        (_, said), *_ = failing.items()
+        return Finding(
+            "address", "wrong", f"The agent cannot reach {listed(failing)}. Of the first it says: {said}", cure
+        )
     if settings.address and not settings.bind and not is_local(settings.address):
         cure = "Set another, or CONSUL_PROM_BIND where it is translated to one of ours."
         return Finding("address", "wrong", f"CONSUL_PROM_ADDRESS={settings.address} is none of this host's.", cure)
@@ -183,41 +239,66 @@ async def _ports(seen: _Seen) -> Finding:
     free = {port for port, meta in ours.items() if "adopted" in meta}
     numbers = {entry["Meta"].get("slot") for entry in seen.workers}
     wanted = settings.port.candidates(next(number for number in count() if str(number) not in numbers))
-    free |= {port for port in wanted if port not in ours and _is_free(address, port)}
-    if not free.intersection(wanted):
-        others = [str(port) for port in wanted if port not in ours]
-        which = f"Somebody else has {listed(others)}" if others else f"All of {settings.port} is used"
+    refused = {port: _refusal(address, port) for port in wanted if port not in ours}
+    if not free.intersection(wanted) and all(refused.values()):
+        others = [f"{port} ({why})" for port, why in refused.items()]
+        which = (
+            f"No worker can listen at {address} on {listed(others)}" if others else f"All of {settings.port} is used"
+        )
         return Finding("ports", "wrong", f"{which}: no worker more can start.", "Set CONSUL_PROM_PORT to others, or 0.")
     (before, *_) = settings.port.candidates(slots.MASTER)
-    if not settings.port.last and before not in ours and not _is_free(address, before):
-        sentence = f"Somebody else has {before}, where the page of Gunicorn's master would be."
+    if not settings.port.last and before not in ours and (why := _refusal(address, before)):
+        sentence = f"Nobody can listen on {before} ({why}), where the page of Gunicorn's master would be."
         return Finding("ports", "unknown", sentence, "With our hooks: set CONSUL_PROM_PORT to another base.")
     return Finding("ports", "ok", f"CONSUL_PROM_PORT={settings.port} has a free port for the next worker.")
 
 
-async def _directory(seen: _Seen) -> Finding:
-    directory = seen.settings.dir
-    if not directory.exists():
-        parent = next(folder for folder in directory.parents if folder.exists())
-        if os.access(parent, os.W_OK):
-            return Finding("directory", "ok", f"{directory} is made by the first worker.")
-        seen.usable = False
-        cure = "Make it, with mode 0700, for the workers' user, or set CONSUL_PROM_DIR."
-        return Finding("directory", "wrong", f"{directory} is not there, and cannot be made in {parent}.", cure)
+def _directory(seen: _Seen) -> Finding:
+    directory, theirs = seen.settings.dir, seen.directories
     try:
-        slots.prepare(directory)
-    except (ConsulPromError, OSError) as error:
-        seen.usable = False
+        if theirs and directory not in theirs:
+            named = listed(map(str, theirs))
+            cure = f"Run this as the workers' user, with CONSUL_PROM_DIR={named}."
+            return Finding("directory", "unknown", f"The workers use {named}, and not {directory}.", cure)
+        if theirs and directory.exists() and (owner := directory.stat().st_uid) != os.geteuid():
+            cure = "Run this as the workers' user."
+            return Finding("directory", "unknown", f"{directory} belongs to the workers' user, uid {owner}.", cure)
+        return _own_directory(directory)
+    except ConsulPromError as error:
         return Finding("directory", "wrong", _sentence(error), "Run this as the workers' user, or set another.")
-    return Finding("directory", "ok", f"{directory} is ours alone.")
+    except OSError as error:
+        cure = "Run this as the workers' user, or set CONSUL_PROM_DIR."
+        return Finding("directory", "wrong", f"{directory} cannot be used: {words_of(error)}.", cure)
 
 
-async def _ledgers(seen: _Seen) -> Finding:
+def _own_directory(directory: Path) -> Finding:
+    """Raises OSError or SlotError."""
+    there = directory.exists()
+    if there:
+        slots.prepare(directory)
+    folder = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    try:
+        # Tried, since modes do not tell it all: a file system may be read-only, or like /proc have no room for files.
+        with TemporaryDirectory(dir=folder, prefix="doctor-"):
+            pass
+    except OSError as error:
+        sentence = f"{directory} cannot be {'written to' if there else f'made in {folder}'}: {words_of(error)}."
+        return Finding("directory", "wrong", sentence, "Make room for the workers' user there, or set CONSUL_PROM_DIR.")
+    return Finding("directory", "ok", f"{directory} is {'ours alone' if there else 'made by the first worker'}.")
+
+
+def _ledgers(seen: _Seen) -> Finding:
     """Whether counters outlive their process. One of prometheus_async's own servers has none."""
     directory = seen.settings.dir
-    off = "" if seen.settings.ledger else "CONSUL_PROM_LEDGER is off"
-    if off := off or ("" if seen.usable else "Its directory cannot be used"):
-        return Finding("ledger", "unknown", f"{off}: counters end with their process.")
+    off = ""
+    if not seen.settings.ledger:
+        off = "CONSUL_PROM_LEDGER is off: counters end with their process."
+    elif seen.directory == "wrong":
+        off = "Its directory cannot be used: counters end with their process."
+    elif seen.directory == "unknown":
+        off = "The workers' directory was not looked at."
+    if off:
+        return Finding("ledger", "unknown", off)
     try:
         check_library()
         disk = next(folder for folder in (directory, *directory.parents) if folder.exists())
@@ -230,7 +311,7 @@ async def _ledgers(seen: _Seen) -> Finding:
         ]
     except ConsulPromError as error:
         sentence = f"Counters end with their process: {error}."
-        return Finding("ledger", "wrong", sentence, "Install a version of it that consul-prom knows.")
+        return Finding("ledger", "wrong", sentence, "Install a version of prometheus_client that consul-prom knows.")
     except OSError as error:
         return Finding("ledger", "unknown", f"The ledgers cannot be looked at: {error}.")
     if without:
@@ -276,26 +357,34 @@ async def _claims(seen: _Seen) -> Finding:
 
 async def _limits(seen: _Seen) -> Finding:
     """Each worker of the first slots holds a connection; other users of the agent are not seen from here."""
-    here = [entry for entry in seen.everyone if is_on(entry, seen.settings.host)]
+    entries = (entry for entry in seen.everyone or [] if entry["ID"] not in seen.dead)
+    here = [entry for entry in entries if is_on(entry, seen.settings.host)]
     ids = [parse_entry_id(entry["ID"]) for entry in here if is_worker(entry["Meta"])]
     held = sum(1 for parts in ids if parts and parts.slot in range(WATCHING_SLOTS))
-    limit = int((seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient") or 200)
-    sentence = f"Connections that this host's workers hold: {held}; the agent allows {limit} an address."
-    if held >= CROWDED * limit:
-        return Finding(
-            "limits", "wrong", sentence, "Raise limits.http_max_conns_per_client in the agent's configuration."
-        )
+    told = (seen.about_agent or {}).get("DebugConfig", {}).get("HTTPMaxConnsPerClient")
+    limit = DEFAULT_LIMIT if told is None else int(told)
+    whose = "the agent allows" if told is not None else "Consul's default is"
+    sentence = f"Connections that this host's workers hold: {held}; {whose} {limit or 'any number'} an address."
+    if limit and held >= CROWDED * limit:
+        return Finding("limits", "wrong", sentence, _RAISE)
     return Finding("limits", "ok", sentence)
 
 
-def _is_free(address: str, port: int) -> bool:
+def _refusal(address: str, port: int) -> str:
+    """Why nobody can listen there, or nothing."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
-        except OSError:
-            return False
-    return True
+        except OSError as error:
+            return words_of(error)
+    return ""
+
+
+def _credentials(settings: Settings) -> str:
+    """Name the settings by which the agent judges us; a file beats a token."""
+    token = "CONSUL_HTTP_TOKEN_FILE" if settings.consul_http_token_file else "CONSUL_HTTP_TOKEN"
+    return f"{token} or CONSUL_HTTP_AUTH" if settings.consul_http_auth else token
 
 
 def _sentence(error: Exception) -> str:

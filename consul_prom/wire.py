@@ -318,7 +318,15 @@ def who(settings: Settings) -> str:
 
 
 def text_of(settings: Settings, error: BaseException) -> str:
-    """Short where the system's word says it all; aiohttp wraps it in words of its own, and quotes the answer."""
+    """`words_of` an error that may quote the answer."""
+    return quoted(settings, words_of(error), most=300)
+
+
+def words_of(error: BaseException) -> str:
+    """The system's words for an error; aiohttp adds its own to them, with an SSLContext's place in memory."""
     if isinstance(error, OSError) and error.errno in _PLAIN:
         return os.strerror(error.errno)
-    return quoted(settings, str(error), most=300) or type(error).__name__
+    if inner := getattr(error, "os_error", None) or getattr(error, "certificate_error", None):
+        return words_of(inner)
+    said = error.strerror if isinstance(error, OSError) else ""
+    return said or str(error) or type(error).__name__

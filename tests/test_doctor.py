@@ -1,23 +1,31 @@
 """The doctor: every failure that it can report is made on purpose, on a real Consul and a real Prometheus."""
 
+import errno
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 from click.testing import CliRunner, Result
 
 from consul_prom import cli, doctor, rules, snippets, targets
 from consul_prom.devagent import DevAgent, Fault
+from consul_prom.errors import AgentBusy, AgentConfused, AgentFailed, AgentUnreachable
 from consul_prom.finding import Finding
 from consul_prom.settings import load
 from consul_prom.snippets import write_rule
@@ -28,6 +36,7 @@ from tests.services.program import own_address
 from tests.services.prometheus import HASTY, Prometheus
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, SCRIPT, meta
+from tests.workers import put as put_at
 
 Examine = Callable[..., dict[str, Finding]]
 Start = Callable[..., subprocess.Popen[bytes]]
@@ -130,8 +139,8 @@ def test_all_is_well(run: Callable[..., Result], examine: Examine, consul: Consu
         found = examine("--prometheus", prometheus.url)
         assert {finding.state for finding in found.values()} == {"ok"}
         assert list(found) == [
-            *("settings", "agent", "version", "token", "catalogue", "workers", "address", "ports"),
-            *("directory", "ledger", "instances", "limits", "targets", "labels", "interval"),
+            *("settings", "agent", "token", "version", "catalogue", "workers", "address", "ports"),
+            *("instances", "limits", "directory", "ledger", "targets", "labels", "interval"),
         ]
         text = run("--prometheus", prometheus.url).stdout
     assert text.count("\u2713") == len(found)
@@ -198,13 +207,22 @@ class TestSettings:
 
     def test_multiprocess_mode(self, examine: Examine, tmp_path: Path) -> None:
         """What would keep a worker from starting is found."""
-        assert "PROMETHEUS_MULTIPROC_DIR" in examine(PROMETHEUS_MULTIPROC_DIR=str(tmp_path))["settings"].sentence
+        finding = examine(PROMETHEUS_MULTIPROC_DIR=str(tmp_path))["settings"]
+        assert "PROMETHEUS_MULTIPROC_DIR" in finding.sentence
+        assert finding.cure.startswith("Unset it")
 
     def test_web_config(self, examine: Examine, tmp_path: Path) -> None:
         """A web-config file that cannot be used is found."""
         found = examine(CONSUL_PROM_WEB_CONFIG=str(tmp_path / "none"))
         assert wrong(found) == {"settings"}
         assert "CONSUL_PROM_WEB_CONFIG=" in found["settings"].sentence
+        assert "file" in found["settings"].cure
+
+    def test_token_file(self, examine: Examine, tmp_path: Path) -> None:
+        """A token's file that cannot be read is found, and the agent, which would not be asked, is not blamed."""
+        found = examine(CONSUL_HTTP_TOKEN_FILE=str(tmp_path / "none"))
+        assert set(found) == wrong(found) == {"settings"}
+        assert "CONSUL_HTTP_TOKEN_FILE=" in found["settings"].sentence
 
     def test_usage(self, run: Callable[..., Result]) -> None:
         """A setting that is none is a usage error, in one sentence."""
@@ -224,6 +242,44 @@ class TestAgent:
         assert "targets" in found
         assert "token" not in found
 
+    def test_certificate(self, examine: Examine, tmp_path: Path) -> None:
+        """A certificate that is not trusted is told in plain words, with the settings that decide about it."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            server.settimeout(30)  # for a test that fails before it connects
+
+            def shake_hands() -> None:
+                with suppress(OSError), server.accept()[0] as peer:
+                    context.wrap_socket(peer, server_side=True).close()
+
+            thread = threading.Thread(target=shake_hands)
+            thread.start()
+            found = examine(CONSUL_HTTP_ADDR=f"https://127.0.0.1:{server.getsockname()[1]}")
+            thread.join()
+        assert wrong(found) == {"agent"}
+        assert "certificate verify failed" in found["agent"].sentence
+        assert not re.search(r"0x|ssl:|\[Errno", found["agent"].sentence)
+        assert "CONSUL_CACERT" in found["agent"].cure
+
+    def test_each_failure_has_its_cure(self) -> None:
+        """Nobody is told to start an agent that answers, or to set TLS up where there is none."""
+        http, https = (load({"consul_http_addr": f"{scheme}://h"}, environ={}) for scheme in ("http", "https"))
+        assert "CACERT" not in doctor._cure(http, AgentUnreachable())
+        assert "CACERT" in doctor._cure(https, AgentUnreachable())
+        assert "limits.http_max_conns_per_client" in doctor._cure(http, AgentBusy())
+        assert all("Start" not in doctor._cure(http, error) for error in (AgentBusy(), AgentFailed(), AgentConfused()))
+
+    def test_fails_in_between(self, examine: Examine, agent: DevAgent) -> None:
+        """An agent that stops to answer ends nothing but the checks that need it."""
+        put_at(agent, "shop.web-1.0", meta())
+        for path, check in (("/v1/agent/checks", "address"), ("/v1/agent/services", "entries")):
+            agent.fault = Fault(path=path, status=500)
+            found = examine(CONSUL_HTTP_ADDR=agent.url)
+            assert "cannot be read" in found[check].sentence
+            assert {"directory", "ledger", "targets"} <= set(found)
+            assert "rule" not in found[check].cure
+
     def test_no_leader(self, examine: Examine, agent: DevAgent) -> None:
         """Where the agent's servers do not answer, as without a leader, that is found: Prometheus hears nothing."""
         agent.fault = Fault(path="/v1/catalog/service", status=500)
@@ -234,7 +290,8 @@ class TestAgent:
     async def test_old(self, consul: Consul, monkeypatch: pytest.MonkeyPatch) -> None:
         """A Consul that is too old is named; the newest text with a suffix is not."""
         seen = doctor._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
-        for text, state in (("1.6.10", "wrong"), ("1.7.0", "ok"), ("1.22.1+ent", "ok"), ("2.0.0-rc1", "ok")):
+        texts = (("1.6.10", "wrong"), ("1.7.0", "ok"), ("1.22.1+ent", "ok"), ("2.0.0-rc1", "ok"), ("", "unknown"))
+        for text, state in texts:
             seen.about_agent = {"Config": {"Version": text}}
             assert (await doctor._version(seen)).state == state
 
@@ -244,12 +301,18 @@ class TestAgent:
         assert "token" in wrong(found)
         assert write_rule("shop-metrics") in found["token"].cure
 
-    def test_unknown_token(self, examine: Examine, access: Access) -> None:
-        """A token that Consul does not know is found."""
+    @pytest.mark.parametrize("variable", ["CONSUL_HTTP_TOKEN", "CONSUL_HTTP_TOKEN_FILE"])
+    def test_unknown_token(self, examine: Examine, access: Access, tmp_path: Path, variable: str) -> None:
+        """A token that Consul does not know is found, with the setting it came by; no right is asked for it."""
         text = access.unknown()
-        found = examine(CONSUL_HTTP_ADDR=access.consul.url, CONSUL_HTTP_TOKEN=text)
-        assert {"token", "entries"} <= wrong(found)
+        (tmp_path / "token").write_text(text)
+        value = text if variable == "CONSUL_HTTP_TOKEN" else str(tmp_path / "token")
+        found = examine(CONSUL_HTTP_ADDR=access.consul.url, **{variable: value})
+        assert wrong(found) == {"token"}
         assert "ACL not found" in found["token"].sentence
+        assert f"{variable} " in found["token"].cure
+        assert not any("policy" in finding.cure or "agent:read" in finding.cure for finding in found.values())
+        assert not {"workers", "catalogue", "limits"} & set(found), "nothing is concluded from what was not told"
         assert all(text not in str(finding) for finding in found.values())
 
     def test_least_token(self, examine: Examine, access: Access) -> None:
@@ -340,7 +403,7 @@ class TestHost:
             assert wrong(examine(**setting)) == set()
             put(consul, "shop.web-1.0", meta(), Port=9100)
             with socket.create_server((address, 9101)):
-                assert "Somebody else has 9101" in examine(**setting)["ports"].sentence
+                assert "9101 (Address already in use)" in examine(**setting)["ports"].sentence
             assert wrong(examine(**setting)) == set()
 
     def test_port_of_the_master(self, examine: Examine) -> None:
@@ -349,7 +412,13 @@ class TestHost:
         with socket.create_server((address, 9099)):
             finding = examine(CONSUL_PROM_PORT="9100", CONSUL_PROM_ADDRESS=address)["ports"]
         assert finding.state == "unknown"
-        assert "Somebody else has 9099, where the page of Gunicorn's master" in finding.sentence
+        assert "9099 (Address already in use), where the page of Gunicorn's master" in finding.sentence
+
+    def test_port_of_another_host(self, examine: Examine) -> None:
+        """Where the address is none of this host's, nobody is said to have the port."""
+        found = examine(CONSUL_PROM_PORT="9100", CONSUL_PROM_ADDRESS="203.0.113.7")
+        assert wrong(found) == {"address", "ports"}
+        assert "203.0.113.7 on 9100 (Cannot assign requested address)" in found["ports"].sentence
 
     def test_range_is_used_up(self, examine: Examine, start: Start) -> None:
         """A range whose ports are all our own workers' has none for the next."""
@@ -368,12 +437,43 @@ class TestHost:
         assert examine(CONSUL_PROM_DIR=str(tmp_path / "a" / "b"))["directory"].state == "ok"
         assert not (tmp_path / "a").exists()
 
-    def test_directory_that_cannot_be_made(self, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One that is not there and cannot be made is found."""
-        monkeypatch.setattr(os, "access", lambda _path, _mode: False)
-        found = examine(CONSUL_PROM_DIR="/nowhere/slots")
+    def test_directory_that_cannot_be_made(self, examine: Examine) -> None:
+        """One that is not there and cannot be made is found, also where the modes would let us."""
+        found = examine(CONSUL_PROM_DIR="/proc/slots")
         assert wrong(found) == {"directory"}
+        assert "cannot be made in /proc" in found["directory"].sentence
         assert "cannot be used" in found["ledger"].sentence
+
+    def test_directory_without_room(
+        self, examine: Examine, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that nothing can be written to is found."""
+
+        def fail(*_: object, **__: object) -> None:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+        monkeypatch.setattr(doctor, "TemporaryDirectory", fail)
+        found = examine()
+        assert wrong(found) == {"directory"}
+        assert found["directory"].sentence == f"{slot_directory} cannot be written to: Read-only file system."
+
+    def test_directory_of_others(self, examine: Examine, start: Start, tmp_path: Path, slot_directory: Path) -> None:
+        """A directory that the entries do not name says nothing of the workers, which is said."""
+        start()
+        found = examine(CONSUL_PROM_DIR=str(tmp_path / "other"))
+        assert wrong(found) == set()
+        assert found["directory"].state == found["ledger"].state == "unknown"
+        assert str(slot_directory) in found["directory"].sentence
+        assert f"CONSUL_PROM_DIR={slot_directory}" in found["directory"].cure
+        assert not (tmp_path / "other").exists()
+
+    def test_directory_of_another_user(self, examine: Examine, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Run by another user than the workers', the look concludes nothing from their directory."""
+        start()
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        found = examine()
+        assert wrong(found) == set()
+        assert "belongs to the workers' user" in found["directory"].sentence
 
     def test_ledger(self, examine: Examine, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
         """Counters that end with their process are named: as it was set, for want of space, or as a worker's own."""
@@ -393,6 +493,14 @@ class TestHost:
         monkeypatch.setattr("consul_prom.cells.plain", lambda _child: [])
         assert wrong(found := examine()) == {"ledger"}
         assert "prometheus_client" in found["ledger"].sentence
+
+    async def test_limits(self) -> None:
+        """The agent's limit is told where it is known, Consul's default where it is not, and 0 is no limit."""
+        seen = doctor._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
+        for told, said in ((None, "Consul's default is 200"), (7, "the agent allows 7 "), (0, "allows any number")):
+            seen.about_agent = None if told is None else {"DebugConfig": {"HTTPMaxConnsPerClient": told}}
+            finding = await doctor._limits(seen)
+            assert (finding.state, said in finding.sentence) == ("ok", True), finding
 
     def test_crowd(self, examine: Examine, consul: Consul) -> None:
         """So many workers that the agent's connections come to an end are found, before they do."""
@@ -434,6 +542,46 @@ class TestPrometheus:
             found = examine("--prometheus", url)
             assert wrong(found) == {"targets"}
             assert url in found["targets"].sentence
+            assert "Errno" not in found["targets"].sentence
+        found = examine("--prometheus", "http://user:hunter2@127.0.0.1:1")
+        assert wrong(found) == {"targets"}
+        assert "hunter2" not in str(found)
+
+    def test_another_program(self, examine: Examine, consul: Consul) -> None:
+        """What answers and is no Prometheus is found."""
+        assert "it answered 404" in examine("--prometheus", consul.url)["targets"].sentence
+        finding = examine("--prometheus", f"{consul.url}/v1/agent/self?x=")["targets"]
+        assert "what answers is no Prometheus" in finding.sentence
+
+    def test_not_scraped_yet(self, examine: Examine, start: Start, consul: Consul) -> None:
+        """A target that was not scraped yet is neither scraped nor down."""
+        start()
+        with Prometheus(scrape(consul), interval="1h", flags=HASTY) as prometheus:
+            wait_until(prometheus.targets, within=60, what="a target")
+            finding = examine("--prometheus", prometheus.url)["targets"]
+        assert (finding.state, finding.sentence) == ("unknown", "Prometheus has not scraped web-1:0 yet.")
+
+    def test_many_are_down(self, examine: Examine, consul: Consul) -> None:
+        """Of many targets that are down five are named, all are counted, and one of them says why."""
+        for slot in range(7):
+            put(consul, f"shop.web-1.{slot}", meta(slot=str(slot), instance=f"web-1:{slot}"), Port=1 + slot)
+        with Prometheus(scrape(consul), flags=HASTY) as prometheus:
+            wait_until(lambda: prometheus.query_value("count(up == 0)") == 7, within=60, what="failed scrapes")
+            sentence = examine("--prometheus", prometheus.url)["targets"].sentence
+        assert "7 of 7 targets: web-1:0, web-1:1, web-1:2, web-1:3, web-1:4 and 2 more. Of the first it " in sentence
+        assert sentence.count("connection refused") == 1
+
+    def test_dead(self, examine: Examine, start: Start, consul: Consul) -> None:
+        """A target that is down since its worker is dead is no matter of addresses."""
+        worker = start()
+        with Prometheus(scrape(consul), flags=HASTY) as prometheus:
+            wait_until(lambda: prometheus.query_value("count(up == 1)") == 1, within=60, what="a scrape")
+            worker.kill()
+            worker.wait()
+            wait_until(lambda: prometheus.query_value("count(up == 0)") == 1, within=60, what="a failed scrape")
+            found = examine("--prometheus", prometheus.url)
+        assert wrong(found) == {"workers", "targets"}
+        assert "dead" in found["targets"].cure
 
     @pytest.mark.parametrize("password", ["passhead-tail", "passhead/tail", "pass:head@tail"])
     def test_password(self, examine: Examine, password: str) -> None:
@@ -485,13 +633,51 @@ class TestPrometheus:
             assert "labels" in wrong(found)
             assert "series are mixed" in found["labels"].sentence
 
-    def test_short_lives(self, start: Start, consul: Consul) -> None:
-        """Workers that live for few scrapes are found."""
+    def test_labels_of_no_worker(self, examine: Examine, start: Start, consul: Consul) -> None:
+        """A job without our relabelling is found: no dashboard finds a worker by its address."""
         start()
-        with Prometheus(scrape(consul), flags=HASTY) as prometheus:
-            found = wait_until(prometheus.targets, within=60, what="a target")
-        slow = [{**target, "scrapeInterval": "5m"} for target in found]
-        starts = [{"metric": {}, "value": [0, "10"]}]
-        assert targets.lifetime(found, starts).state == "ok"
-        assert targets.lifetime(slow, starts).state == "wrong"
-        assert targets.lifetime(found, []).state == "ok"
+        config = yaml.safe_load(scrape(consul))
+        relabelling = config["scrape_configs"][0].pop("relabel_configs")
+        for number in (0, 1):
+            config["scrape_configs"][0]["relabel_configs"] = relabelling[:number]
+            with Prometheus(config, flags=HASTY) as prometheus:
+                wait_until(lambda: prometheus.query_value("count(up == 1)") == 1, within=60, what="a scrape")
+                found = examine("--prometheus", prometheus.url)
+            assert wrong(found) == {"labels"}
+            assert "not 'web-1:0'" in found["labels"].sentence if number else "not 'shop'" in found["labels"].sentence
+            assert "relabel_configs" in found["labels"].cure
+            assert "interval" not in found
+
+    def test_short_lives(self, examine: Examine, consul: Consul) -> None:
+        """Workers that live for few scrapes are found, however short Prometheus has looked."""
+        starts = itertools.count(1)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # the library's name
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4")
+                self.end_headers()
+                self.wfile.write(f"process_start_time_seconds {next(starts) // 2}\n".encode())
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # the library's name
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever).start()
+            try:
+                put(consul, "shop.web-1.0", meta(), Port=server.server_port)
+                with Prometheus(scrape(consul), flags=HASTY) as prometheus:
+                    changes = "changes(process_start_time_seconds[1h]) > 3"
+                    wait_until(lambda: prometheus.query(changes), within=60, what="several lives")
+                    found = examine("--prometheus", prometheus.url)
+            finally:
+                server.shutdown()
+        assert wrong(found) == {"interval"}
+        assert "Workers live for 2 s" in found["interval"].sentence
+
+    def test_lifetime(self) -> None:
+        """Four scrapes a life are enough; with few replacements nothing is concluded."""
+        target = {"scrapeInterval": "15s"}
+        for scrapes, state in (("4", "ok"), ("3.9", "wrong")):
+            assert targets.lifetime([target], [{"metric": {}, "value": [0, scrapes]}]).state == state
+        assert targets.lifetime([target], []).state == "ok"
