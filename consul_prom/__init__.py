@@ -60,7 +60,7 @@ def _before_fork() -> None:
     """Import the code that notes in a child what its parent counted. In the child an import would be too late."""
     if "prometheus_client" in sys.modules:
         with suppress(ImportError):  # a version that we do not know
-            import_module("consul_prom.forked")
+            import_module("consul_prom.ledger.parent_counts")
 
 
 os.register_at_fork(before=_before_fork)

@@ -3,7 +3,7 @@
 
 def main() -> None:
     try:
-        from consul_prom.cli import commands
+        from consul_prom.cli.main import commands
     except KeyboardInterrupt:  # click reports it from then on, in the same words
         raise SystemExit("Aborted!") from None
     commands(prog_name="consul-prom")

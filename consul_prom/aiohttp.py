@@ -10,8 +10,8 @@ from aiohttp.typedefs import Handler
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from consul_prom.errors import SettingsError
-from consul_prom.requests import CANCELLED, UNKNOWN_ROUTE, RequestMetrics, install
-from consul_prom.settings import Arguments
+from consul_prom.http_metrics.request_metrics import CANCELLED, UNKNOWN_ROUTE, RequestMetrics, install
+from consul_prom.settings.settings import Arguments
 from consul_prom.worker import Worker
 
 WORKER: Final = web.AppKey("consul_prom.worker", Worker)

@@ -9,9 +9,9 @@ from weakref import WeakValueDictionary
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from consul_prom.errors import ConsulPromError, SettingsError
-from consul_prom.requests import CANCELLED, OpenRequest, Requests
-from consul_prom.routes import of_scope, tell_routes
-from consul_prom.settings import Arguments
+from consul_prom.http_metrics.request_metrics import CANCELLED, OpenRequest, Requests
+from consul_prom.http_metrics.routes import of_scope, tell_routes
+from consul_prom.settings.settings import Arguments
 from consul_prom.worker import Worker
 
 log = logging.getLogger(__name__)

@@ -15,14 +15,15 @@ from typing import Final, Unpack
 from prometheus_async.aio.web import MetricsHTTPServer
 from prometheus_async.types import Deregisterer
 
-from consul_prom import __version__, farewell
-from consul_prom.address import find_address
-from consul_prom.client import AgentClient
+from consul_prom import __version__
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registration import Registration, build
+from consul_prom.consul.slot_registration import Tenancy
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
-from consul_prom.registrar import Tenancy
-from consul_prom.registration import Registration, build
-from consul_prom.settings import Arguments, Settings, check_worker, load, switch
-from consul_prom.slots import Slot
+from consul_prom.process import exit_hooks
+from consul_prom.server.bind import find_address
+from consul_prom.settings.settings import Arguments, Settings, check_worker, load, switch
+from consul_prom.slots.slots import Slot
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class ConsulDiscovery:
                 raise
             self._settings = error
         if not self._disabled:
-            farewell.hear()  # `register` may run in another thread
+            exit_hooks.hear()  # `register` may run in another thread
 
     async def register(self, metrics_server: MetricsHTTPServer) -> Deregisterer | None:
         """Begin to register the server; the result deregisters it, within STOP_TIMEOUT.
@@ -99,7 +100,7 @@ class _Registration:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         self._task = asyncio.create_task(self._stay())
-        farewell.expect(self._end_now)
+        exit_hooks.expect(self._end_now)
 
     async def wait(self, timeout: float) -> None:
         """Raises EndpointError if the server is not registered after *timeout* seconds."""
@@ -111,7 +112,7 @@ class _Registration:
             raise EndpointError(f"not registered within CONSUL_PROM_START_TIMEOUT: {self._tenancy.trouble}")
 
     async def end(self) -> None:
-        with farewell.said(self._end_now):
+        with exit_hooks.said(self._end_now):
             self._task.cancel()
             await self._tenancy.leave(self._settings.stop_timeout)
             await self._client.aclose()
@@ -121,7 +122,7 @@ class _Registration:
     def _end_now(self) -> None:
         """Deregister before the process ends, in the server's loop if that still runs in another thread."""
         timeout = self._settings.stop_timeout
-        with farewell.said(self._end_now):
+        with exit_hooks.said(self._end_now):
             if self._loop.is_running() and threading.get_ident() != self._thread:
                 with suppress(TimeoutError):
                     asyncio.run_coroutine_threadsafe(self.end(), self._loop).result(timeout)

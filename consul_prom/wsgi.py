@@ -9,9 +9,9 @@ from weakref import WeakValueDictionary
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from consul_prom.errors import SettingsError
-from consul_prom.requests import CANCELLED, OpenRequest, Requests
-from consul_prom.routes import keep, of_environ, tell_routes
-from consul_prom.settings import switch
+from consul_prom.http_metrics.request_metrics import CANCELLED, OpenRequest, Requests
+from consul_prom.http_metrics.routes import keep, of_environ, tell_routes
+from consul_prom.settings.settings import switch
 
 Environ = dict[str, Any]
 StartResponse = Callable[..., Callable[[bytes], object]]

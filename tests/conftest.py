@@ -15,8 +15,8 @@ from hypothesis import settings as hypothesis_settings
 from prometheus_client import CollectorRegistry
 
 from consul_prom.devagent import DevAgent, running
-from consul_prom.ledger import Ledger
-from consul_prom.settings import Settings, load
+from consul_prom.ledger.file import Ledger
+from consul_prom.settings.settings import Settings, load
 from tests.services import processes
 from tests.services.binaries import RECIPES, describe, prepare
 from tests.workers import Workers
@@ -108,7 +108,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _nothing_is_logged_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one test made us log once, another one may make us log again."""
-    monkeypatch.setattr("consul_prom.sparing._FACTS", set())
+    monkeypatch.setattr("consul_prom.logs._FACTS", set())
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
-from consul_prom.continued import ContinuedRegistry
-from consul_prom.exposition import Renderer
+from consul_prom.exposition.renderer import Renderer
+from consul_prom.ledger.registry import ContinuedRegistry
 
 
 class Page(NamedTuple):

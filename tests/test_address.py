@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from consul_prom import address as module
-from consul_prom.address import find_address, is_local, listen, route_address
 from consul_prom.errors import AgentDenied, AgentTimeout, AgentUnreachable, EndpointError
-from consul_prom.site import Site
+from consul_prom.server import bind as module
+from consul_prom.server.bind import find_address, is_local, listen, route_address
+from consul_prom.worker.target_factory import Site
 from tests.conftest import MakeSettings
 
 FOREIGN = "203.0.113.7"  # RFC 5737: no host has it

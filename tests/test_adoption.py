@@ -11,17 +11,18 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom import adoption, slots
-from consul_prom.address import listen
-from consul_prom.adoption import BOOTING, Adoption
-from consul_prom.client import AgentClient
-from consul_prom.continued import ContinuedRegistry
+from consul_prom.consul.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import EndpointError
-from consul_prom.guest import Guest
-from consul_prom.ledger import Ledger, ledger_path, peek
-from consul_prom.site import Site
-from consul_prom.slots import Slot
+from consul_prom.ledger.file import Ledger, ledger_path, peek
+from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.server.bind import listen
+from consul_prom.slots import slots
+from consul_prom.slots.slots import Slot
+from consul_prom.worker import adoption
+from consul_prom.worker.adoption import BOOTING, Adoption
+from consul_prom.worker.target import Guest
+from consul_prom.worker.target_factory import Site
 from tests.conftest import MakeSettings
 from tests.services.waiting import eventually
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from consul_prom import slots
 from consul_prom.devagent import DevAgent
+from consul_prom.process.identity import process_identity
+from consul_prom.slots import slots
 from tests.services.waiting import wait_until
 from tests.test_caretaker import swept
 from tests.workers import PACKAGE, Workers, meta, put
@@ -26,7 +27,7 @@ MOST_WORKERS = 6
 NURSERY = """
 import os, signal, sys
 import consul_prom
-from consul_prom.client import preload
+from consul_prom.consul.client import preload
 
 consul_prom.Worker
 preload()
@@ -41,7 +42,7 @@ for _ in sys.stdin:
 """
 CLI = """
 import sys
-from consul_prom.cli import commands
+from consul_prom.cli.main import commands
 
 while True:
     try:
@@ -188,7 +189,7 @@ def test_pid_is_used_again(agent: DevAgent, workers: Workers) -> None:
     """A dead worker's pid that another process has by now proves nothing for it; the live one's entry stays."""
     living = workers.start()
     (own,) = workers.entries(living.pid)
-    later = slots.process_identity(living.pid)
+    later = process_identity(living.pid)
     assert later
     boot, namespace, ticks = later.split(".")
     put(

@@ -19,7 +19,7 @@ import consul_prom
 from consul_prom.aiohttp import WORKER, setup
 from consul_prom.devagent import DevAgent, Fault, running
 from consul_prom.errors import ConsulPromError, SettingsError
-from consul_prom.worker import Worker
+from consul_prom.worker.worker import Worker
 from tests.services.waiting import eventually
 
 DEADLINE = 10.0

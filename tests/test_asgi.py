@@ -20,11 +20,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 import consul_prom
-from consul_prom import farewell
 from consul_prom.asgi import Instrumented, instrument
 from consul_prom.devagent import DevAgent, running
 from consul_prom.errors import SettingsError
-from consul_prom.worker import Worker
+from consul_prom.process import exit_hooks
+from consul_prom.worker.worker import Worker
 from tests.services.waiting import eventually
 
 DEADLINE = 10.0
@@ -56,7 +56,7 @@ def arguments(registry: CollectorRegistry, slot_directory: Path) -> Arguments:
 def _end_of_python() -> Iterator[None]:
     """For a worker that started without lifespan, Python exits at the end of its test."""
     yield
-    farewell._say_all()
+    exit_hooks._say_all()
 
 
 class Server:

@@ -16,12 +16,17 @@ from typing import Any, NamedTuple
 import pytest
 from prometheus_client import CollectorRegistry
 
-from consul_prom import Worker, caretaker, slots
-from consul_prom.caretaker import Entry, Outcome, Verdict
-from consul_prom.client import AgentClient
+from consul_prom import Worker
+from consul_prom.consul import stale
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.stale import Entry, Outcome, Verdict
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout, AgentUnreachable, EndpointError
-from consul_prom.settings import load
+from consul_prom.process.identity import process_identity
+from consul_prom.settings.settings import load
+from consul_prom.slots import slots
+from consul_prom.slots.directory import prepare
+from consul_prom.worker.leader import Caretaker
 from tests.services.waiting import eventually, wait_until
 from tests.workers import Workers, meta, put
 
@@ -29,7 +34,7 @@ ME = os.getpid()
 
 
 def judge(entry: Entry, *, host: str = "web-1") -> Verdict:
-    with caretaker.judged(entry, host=host) as verdict:
+    with stale.judged(entry, host=host) as verdict:
         return verdict
 
 
@@ -37,14 +42,14 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"ID": "shop.web-1.0", "Service": "shop-metrics", "Address": "127.0.0.1", "Port": 1, "Meta": meta(**changes)}
 
 
-def identity(pid: int = ME) -> str:
-    found = slots.process_identity(pid)
+def identity_of(pid: int = ME) -> str:
+    found = process_identity(pid)
     assert found
     return found
 
 
 def proc(**changes: str) -> str:
-    boot, namespace, ticks = identity().split(".")
+    boot, namespace, ticks = identity_of().split(".")
     return ".".join({"boot": boot, "namespace": namespace, "ticks": ticks, **changes}.values())
 
 
@@ -66,8 +71,8 @@ def swept(agent: DevAgent, *, forced: bool = False, dry_run: bool = False) -> di
     async def sweep() -> dict[str, Outcome]:
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
         try:
-            found = await caretaker.entries(client)
-            outcomes = caretaker.sweep(client, found, host="web-1", forced=forced, dry_run=dry_run)
+            found = await stale.entries(client)
+            outcomes = stale.sweep(client, found, host="web-1", forced=forced, dry_run=dry_run)
             return {outcome.entry["ID"]: outcome async for outcome in outcomes}
         finally:
             await client.aclose()
@@ -79,7 +84,7 @@ def listed(agent: DevAgent, *, service: str = "") -> list[str]:
     async def entries() -> list[str]:
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
         try:
-            return [entry["ID"] for entry in await caretaker.entries(client, service=service)]
+            return [entry["ID"] for entry in await stale.entries(client, service=service)]
         finally:
             await client.aclose()
 
@@ -179,7 +184,7 @@ def test_newborn_in_the_slot(agent: DevAgent, workers: Workers, slot_directory: 
 def test_lock_is_held_while_judged(slot_directory: Path) -> None:
     """Nobody can be born into a slot while its dead worker's entry is dealt with, and anybody afterwards."""
     document = in_slot(slot_directory)
-    with caretaker.judged(document, host="web-1") as verdict:
+    with stale.judged(document, host="web-1") as verdict:
         assert verdict.state == "dead"
         assert slots.try_slot(slot_directory, "shop", 0) is None
     slot = slots.try_slot(slot_directory, "shop", 0)
@@ -247,8 +252,8 @@ def test_process_proof() -> None:
 
 def test_hidden_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that exists but that /proc does not show (hidepid) is not taken for gone."""
-    real = slots.process_identity
-    monkeypatch.setattr(slots, "process_identity", lambda pid: real(pid) if pid == ME else None)
+    real = process_identity
+    monkeypatch.setattr(stale, "process_identity", lambda pid: real(pid) if pid == ME else None)
     assert judge(entry(proc=proc(), pid="1")) == Verdict(
         "unknown", _with_directory_gone("the process 1 cannot be seen")
     )
@@ -260,7 +265,7 @@ def _with_directory_gone(proof: str) -> str:
 
 def test_foreign_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where /proc is another pid namespace's, it proves nothing."""
-    monkeypatch.setattr(caretaker, "_proc_is_ours", lambda: False)
+    monkeypatch.setattr(stale, "_proc_is_ours", lambda: False)
     assert judge(entry(proc=proc(), pid=str(dead_pid()))).state == "unknown"
 
 
@@ -346,7 +351,7 @@ async def test_registered_anew_meanwhile(slot_directory: Path, change: dict[str,
     """An entry that became another worker's since it was judged stays."""
     document = in_slot(slot_directory)
     agent = FakeAgent({**document, "Meta": {**document["Meta"], **change}})
-    (outcome,) = [it async for it in caretaker.sweep(agent, [document], host="web-1")]
+    (outcome,) = [it async for it in stale.sweep(agent, [document], host="web-1")]
     assert (outcome.action, outcome.verdict.state, agent.deregistered) == ("kept", "alive", [])
 
 
@@ -354,7 +359,7 @@ async def test_port_changed_meanwhile(slot_directory: Path) -> None:
     """The same for one that became another worker's in nothing but the port."""
     document = in_slot(slot_directory)
     agent = FakeAgent({**document, "Port": 2})
-    (outcome,) = [it async for it in caretaker.sweep(agent, [document], host="web-1")]
+    (outcome,) = [it async for it in stale.sweep(agent, [document], host="web-1")]
     assert (outcome.action, agent.deregistered) == ("kept", [])
 
 
@@ -363,7 +368,7 @@ async def test_foreign_meanwhile(slot_directory: Path) -> None:
     document = in_slot(slot_directory)
     agent = FakeAgent({**document, "Meta": {}})
     for forced in (False, True):
-        (outcome,) = [it async for it in caretaker.sweep(agent, [document], host="web-1", forced=forced)]
+        (outcome,) = [it async for it in stale.sweep(agent, [document], host="web-1", forced=forced)]
         assert (outcome.action, agent.deregistered) == ("refused", [])
 
 
@@ -451,7 +456,7 @@ class TestCaretaker:
         again = workers.start()
         workers.hold(again)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
-        caring = caretaker.Caretaker(client, directory=slot_directory, service="shop", host="web-1")
+        caring = Caretaker(client, directory=slot_directory, service="shop", host="web-1")
         agent.fault = Fault(status=500)
         await caring.sweep()
         assert workers.entries(dead.pid)
@@ -489,7 +494,7 @@ class TestCaretaker:
         dead = workers.start()
         workers.kill(dead)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
-        caring = caretaker.Caretaker(client, directory=slot_directory, service="shop", host="web-1")
+        caring = Caretaker(client, directory=slot_directory, service="shop", host="web-1")
         put(agent, "shop.web-1.0", meta(dir="0123456789abcdef:/gone/slots"))
         await caring.sweep()
         assert list(agent.state.services) == ["shop.web-1.0"]
@@ -515,7 +520,7 @@ class TestCaretaker:
         agent.fault = None
         assert workers.entries(dead.pid)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
-        await caretaker.Caretaker(client, directory=slot_directory, service="shop", host="web-1").sweep()
+        await Caretaker(client, directory=slot_directory, service="shop", host="web-1").sweep()
         assert not workers.entries(dead.pid)
         await client.aclose()
 
@@ -561,7 +566,7 @@ class FakeGuest:
 class Inn:
     """A caretaker whose masters and rounds a test makes."""
 
-    def __init__(self, agent: caretaker.AgentAPI, directory: Path, *, clean: bool = True) -> None:
+    def __init__(self, agent: stale.AgentAPI, directory: Path, *, clean: bool = True) -> None:
         self.alive = True
         self.full = False
         self.guests: list[FakeGuest] = []
@@ -569,8 +574,8 @@ class Inn:
         self._clean = clean
         self._rounds = asyncio.Semaphore(0)
         self._arrived = asyncio.Event()
-        slots.prepare(directory)
-        self.caretaker = caretaker.Caretaker(
+        prepare(directory)
+        self.caretaker = Caretaker(
             agent,
             directory=directory,
             service="shop",
@@ -677,7 +682,7 @@ class TestMasters:
     @pytest.mark.parametrize("same", [True, False])
     async def test_dead_caretakers_guest(self, agent: DevAgent, slot_directory: Path, *, same: bool) -> None:
         """Where there is no master any more, the next caretaker removes the entry, unless it is another directory's."""
-        identity_of_directory = slots.prepare(slot_directory) if same else "0123456789abcdef"
+        identity_of_directory = prepare(slot_directory) if same else "0123456789abcdef"
         left = meta(slot="master", instance="web-1:master", dir=f"{identity_of_directory}:{slot_directory}")
         await asyncio.to_thread(put, agent, "shop.web-1.master", left)
         slots.path_of(slot_directory, "shop", slots.MASTER).write_text(f"{dead_pid()} {proc(ticks='1')}")
@@ -701,14 +706,14 @@ class TestMasters:
         shutil.rmtree(slot_directory)
         await inn.round()
         assert inn.guests[0].retired == 1
-        slots.prepare(slot_directory)
+        prepare(slot_directory)
         await inn.round()
         assert len(inn.guests) == 2
         await inn.end()
 
     def test_command(self, agent: DevAgent, slot_directory: Path) -> None:
         """The command proves by the caretaker's lock that nobody serves the page."""
-        directory_id = slots.prepare(slot_directory)
+        directory_id = prepare(slot_directory)
         left = meta(slot="master", instance="web-1:master", dir=f"{directory_id}:{slot_directory}")
         put(agent, "shop.web-1.master", left)
         slot = slots.try_slot(slot_directory, "shop", slots.MASTER)
@@ -745,9 +750,9 @@ async def test_adoption(slot_directory: Path) -> None:
             await asyncio.Event().wait()
         await asyncio.sleep(0.01)  # a file system's clock ticks each 4 ms
 
-    slots.prepare(slot_directory)
+    prepare(slot_directory)
     working = asyncio.create_task(
-        caretaker.Caretaker(
+        Caretaker(
             FakeAgent({}), directory=slot_directory, service="shop", host="web-1", adoption=adoption, sleep=sleep
         ).run()
     )

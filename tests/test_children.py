@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from consul_prom import slots
 from consul_prom.devagent import DevAgent
+from consul_prom.slots import slots
 from tests.services.waiting import wait_until
 from tests.workers import Workers
 

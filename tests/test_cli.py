@@ -18,12 +18,14 @@ import pytest
 from click.testing import CliRunner, Result
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom import __version__, cli, snippets
-from consul_prom.continued import ContinuedRegistry
+from consul_prom import __version__
+from consul_prom.cli import main as cli_main
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.ledger import Ledger
-from consul_prom.settings import ROWS
-from consul_prom.slots import process_identity
+from consul_prom.generate.settings_table import settings_table
+from consul_prom.ledger.file import Ledger
+from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.process.identity import process_identity
+from consul_prom.settings.settings import ROWS
 from tests.services.consul import Consul
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, Workers, meta, put
@@ -37,7 +39,7 @@ def run(agent: DevAgent) -> Run:
 
     def run(*arguments: str, **environ: str | None) -> Result:
         env = {"CONSUL_HTTP_ADDR": agent.url, "CONSUL_PROM_HOST": "web-1", **environ}
-        result = CliRunner().invoke(cli.commands, arguments, env=env)
+        result = CliRunner().invoke(cli_main.commands, arguments, env=env)
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
         return result
 
@@ -89,7 +91,7 @@ def test_version() -> None:
     assert done.stdout == f"consul-prom {__version__}\n"
 
 
-def every_command(group: click.Group = cli.commands, name: str = "") -> Iterator[tuple[str, click.Command]]:
+def every_command(group: click.Group = cli_main.commands, name: str = "") -> Iterator[tuple[str, click.Command]]:
     for key, found in group.commands.items():
         if isinstance(found, click.Group):
             yield from every_command(found, f"{name} {key}")
@@ -120,12 +122,12 @@ def test_commands() -> None:
 def test_help_fits_a_screen() -> None:
     """Help is no longer than a screen, and no wider; what one does is shown by an example."""
     for name in ("", *dict(every_command())):
-        text = CliRunner().invoke(cli.commands, (*name.split(), "--help"), terminal_width=80).stdout
+        text = CliRunner().invoke(cli_main.commands, (*name.split(), "--help"), terminal_width=80).stdout
         assert len(text.splitlines()) <= 32, name
         assert max(map(len, text.splitlines())) <= 80, name
         assert "..." not in text.partition("\n")[2], name
     for name in ("", "list", "deregister", "doctor", "top", "config prometheus", "completion"):
-        assert "Example" in CliRunner().invoke(cli.commands, (*name.split(), "--help")).stdout
+        assert "Example" in CliRunner().invoke(cli_main.commands, (*name.split(), "--help")).stdout
 
 
 def test_reader_that_goes_away(agent: DevAgent) -> None:
@@ -191,7 +193,7 @@ def test_full_disk() -> None:
 @pytest.mark.parametrize("shell", ["bash", "fish", "zsh"])
 def test_completion(shell: str) -> None:
     """Each shell gets a script that calls us."""
-    text = CliRunner().invoke(cli.commands, ("completion", shell)).stdout
+    text = CliRunner().invoke(cli_main.commands, ("completion", shell)).stdout
     assert "_CONSUL_PROM_COMPLETE" in text
 
 
@@ -576,14 +578,14 @@ def test_service_write_is_enough(slot_directory: Path) -> None:
         entry = {"ID": "shop.web-1.0", "Name": "shop-metrics", "Port": 1, "Meta": meta(**_of_a_dead_process())}
         assert consul.call("/v1/agent/service/register", method="PUT", body=entry)[0] == 200
         env = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_HOST": "web-1"}
-        blind = CliRunner().invoke(cli.commands, ["list"], env=env)
+        blind = CliRunner().invoke(cli_main.commands, ["list"], env=env)
         assert (blind.exit_code, "shows us no worker" in blind.stdout) == (0, True)
-        refused = CliRunner().invoke(cli.commands, ["deregister", "--id=shop.web-1.0"], env=env)
+        refused = CliRunner().invoke(cli_main.commands, ["deregister", "--id=shop.web-1.0"], env=env)
         assert (refused.exit_code, "lacks permission" in sentence(refused)) == (1, True)
         env["CONSUL_HTTP_TOKEN"] = token
-        listed = CliRunner().invoke(cli.commands, ["list", "--json"], env=env)
+        listed = CliRunner().invoke(cli_main.commands, ["list", "--json"], env=env)
         assert [it["state"] for it in json.loads(listed.stdout)] == ["dead"]
-        done = CliRunner().invoke(cli.commands, ["deregister"], env=env)
+        done = CliRunner().invoke(cli_main.commands, ["deregister"], env=env)
         assert (done.exit_code, "is gone" in done.stdout) == (0, True)
         assert consul.call("/v1/agent/services") == (200, {})
 
@@ -602,7 +604,7 @@ def _of_a_dead_process() -> dict[str, str]:
 
 def test_config_settings(run: Run) -> None:
     """A pipe gets README's table; a terminal gets one for people."""
-    assert run("config", "settings").stdout == snippets.settings_table()
+    assert run("config", "settings").stdout == settings_table()
     code, text = in_terminal("config", "settings")
     assert code == 0
     assert "\u2500\u2500\u2500" in text

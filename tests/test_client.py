@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import trustme
 
-from consul_prom.client import AgentClient
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.sync_client import deregister_now, service_now
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import (
     AgentBusy,
@@ -28,8 +29,7 @@ from consul_prom.errors import (
     AgentTimeout,
     AgentUnreachable,
 )
-from consul_prom.settings import Settings, load
-from consul_prom.wire import deregister_now, service_now
+from consul_prom.settings.settings import Settings, load
 from tests.services.consul import Consul
 
 DOCUMENT: dict[str, Any] = {
@@ -157,7 +157,7 @@ async def test_entry_in_the_last_moments(agent: DevAgent, client: AgentClient, m
         with pytest.raises(AgentConfused):
             await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
     agent.fault = Fault(status=200, body="x" * 5000)
-    monkeypatch.setattr("consul_prom.wire.LARGEST_ENTRY", 4000)
+    monkeypatch.setattr("consul_prom.consul.sync_client.LARGEST_ENTRY", 4000)
     with pytest.raises(AgentConfused, match="CONSUL_HTTP_ADDR answered with more than"):
         await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
 
@@ -314,7 +314,7 @@ async def test_reset_and_refusal(agent: DevAgent, client: AgentClient) -> None:
 
 async def test_flood(agent: DevAgent, client: AgentClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer without end is cut off: memory stays bounded."""
-    monkeypatch.setattr("consul_prom.client.LARGEST_ANSWER", 10_000)
+    monkeypatch.setattr("consul_prom.consul.client.LARGEST_ANSWER", 10_000)
     agent.fault = Fault(status=200, body="x" * 200_000)
     with pytest.raises(AgentConfused, match="more than"):
         await client.services("x")
@@ -473,9 +473,9 @@ def test_no_thread_is_left() -> None:
     program = (
         "import asyncio, socket, time\n"
         "socket.getaddrinfo = lambda *a, **k: time.sleep(60)\n"
-        "from consul_prom.client import AgentClient\n"
+        "from consul_prom.consul.client import AgentClient\n"
         "from consul_prom.errors import AgentTimeout\n"
-        "from consul_prom.settings import load\n"
+        "from consul_prom.settings.settings import load\n"
         "async def main():\n"
         "    client = AgentClient(load({'consul_http_addr': 'http://consul.example:8500'}), timeout=0.3)\n"
         "    try:\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from consul_prom import cli
+from consul_prom.cli import main as cli_main
 from tests.workers import PACKAGE
 
 SHELLS = {
@@ -76,7 +76,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
     program.chmod(0o755)
     for shell, name in (("fish", ".config/fish/completions/consul-prom.fish"), ("zsh", "_consul-prom")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(CliRunner().invoke(cli.commands, ("completion", shell)).stdout)
+        (tmp_path / name).write_text(CliRunner().invoke(cli_main.commands, ("completion", shell)).stdout)
     path = f"{program.parent}:{os.environ['PATH']}"
     return {"PATH": path, "HOME": str(tmp_path), "TERM": "xterm", "COLUMNS": "200", "PYTHONPATH": str(PACKAGE)}
 

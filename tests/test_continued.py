@@ -18,12 +18,13 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.openmetrics import exposition as openmetrics_text
 from prometheus_client.registry import Collector
 
-from consul_prom import cells
-from consul_prom.cells import CellValue, check_library
-from consul_prom.continued import ContinuedRegistry, last_page
 from consul_prom.errors import LedgerError
-from consul_prom.forked import FORK
-from consul_prom.ledger import Family, Ledger, read
+from consul_prom.ledger import values as ledger_values
+from consul_prom.ledger.compat import check_library
+from consul_prom.ledger.file import Family, Ledger, read
+from consul_prom.ledger.parent_counts import FORK
+from consul_prom.ledger.registry import ContinuedRegistry, last_page
+from consul_prom.ledger.values import CellValue
 
 NOW = 1_000_000.0
 BUCKETS = (1, 5)
@@ -752,7 +753,7 @@ class TestTrouble:
         if change == "clear":
             monkeypatch.setattr(Counter, "clear", lambda _self: None)
         if change == "gone":
-            monkeypatch.setattr(cells, "Summary", None)
+            monkeypatch.setattr(ledger_values, "Summary", None)
         registry = CollectorRegistry()
         with pytest.raises(LedgerError, match="prometheus_client is of a version unknown to us"):
             ContinuedRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:0"))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from consul_prom import dashboard, rules, snippets
-from consul_prom.settings import Settings, load
+from consul_prom.generate import grafana, rules, scrape_config
+from consul_prom.settings.settings import Settings, load
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.program import own_address
@@ -23,7 +23,7 @@ MakeSettings = Callable[..., Settings]
 
 @pytest.fixture
 def board(settings: MakeSettings) -> dict[str, Any]:
-    return dict(json.loads(dashboard.grafana(settings())))
+    return dict(json.loads(grafana.grafana(settings())))
 
 
 def queries(board: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -60,10 +60,10 @@ def test_places(board: dict[str, Any]) -> None:
     for panel in board["panels"]:
         x, y, width, height = (panel["gridPos"][key] for key in "xywh")
         cells = set(itertools.product(range(x, x + width), range(y, y + height)))
-        assert x + width <= dashboard.WIDTH
+        assert x + width <= grafana.WIDTH
         assert not cells & taken, panel["title"]
         taken |= cells
-    assert len(taken) == dashboard.WIDTH * (max(y for _, y in taken) + 1)
+    assert len(taken) == grafana.WIDTH * (max(y for _, y in taken) + 1)
 
 
 def test_variables(board: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def test_variables(board: dict[str, Any]) -> None:
     assert list(found) == ["datasource", "job", "instance"]
     assert found["job"]["current"]["value"] == "shop"
     assert found["instance"]["multi"]
-    unset = json.loads(dashboard.grafana(load({}, environ={})))
+    unset = json.loads(grafana.grafana(load({}, environ={})))
     assert "current" not in unset["templating"]["list"][1]
 
 
@@ -80,7 +80,7 @@ def test_every_panel_has_data(board: dict[str, Any]) -> None:
     """A real Prometheus that scrapes a real application without a fault answers every query of panels and rules."""
     with Consul() as consul, hooked(consul) as shop:
         settings = load({"service": "shop", "consul_http_addr": consul.url}, environ={})
-        config, address = yaml.safe_load(snippets.prometheus(settings)), own_address()
+        config, address = yaml.safe_load(scrape_config.prometheus(settings)), own_address()
         itself = {"job_name": "prometheus", "static_configs": [{"targets": [f"{address}:9090"]}]}
         with Prometheus([*config["scrape_configs"], itself], address=address, flags=HASTY) as prometheus:
 

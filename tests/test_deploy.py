@@ -14,8 +14,8 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from consul_prom import cli
-from consul_prom.values import parse_duration
+from consul_prom.cli import main as cli_main
+from consul_prom.settings.parsers import parse_duration
 from tests import ROOT
 from tests.services.binaries import require
 from tests.services.building import CONSUL, PROMETHEUS
@@ -42,7 +42,7 @@ def parsed(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", GENERATED)
 def test_generated_files_are_fresh(name: str) -> None:
     """A generated file is what its command prints today."""
-    printed = CliRunner().invoke(cli.commands, GENERATED[name], env={}).stdout
+    printed = CliRunner().invoke(cli_main.commands, GENERATED[name], env={}).stdout
     command = " ".join(("consul-prom", *GENERATED[name]))
     assert (DEPLOY / name).read_text() == printed, f"{command} > deploy/{name}"
 

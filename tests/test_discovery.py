@@ -13,9 +13,9 @@ import trustme
 from prometheus_async.aio.web import ThreadedMetricsHTTPServer, start_http_server, start_http_server_in_thread
 
 from consul_prom import ConsulDiscovery
-from consul_prom.address import route_address
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
+from consul_prom.server.bind import route_address
 from tests.services.consul import Consul
 from tests.services.waiting import eventually, wait_until
 from tests.workers import Workers

@@ -23,12 +23,14 @@ import trustme
 import yaml
 from click.testing import CliRunner, Result
 
-from consul_prom import cli, doctor, rules, snippets, targets
+from consul_prom.cli import main as cli_main
+from consul_prom.cli.doctor import checks, targets
+from consul_prom.cli.doctor.results import Finding
+from consul_prom.consul.acl import write_rule
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentBusy, AgentConfused, AgentFailed, AgentUnreachable
-from consul_prom.finding import Finding
-from consul_prom.settings import load
-from consul_prom.snippets import write_rule
+from consul_prom.generate import rules, scrape_config
+from consul_prom.settings.settings import load
 from tests.acl.access import Access
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
@@ -72,7 +74,7 @@ def run(consul: Consul, slot_directory: Path) -> Callable[..., Result]:
     def run(*arguments: str, **environ: str | None) -> Result:
         env = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_HOST": "web-1", "CONSUL_PROM_SERVICE": "shop"}
         env |= {"CONSUL_PROM_DIR": str(slot_directory)}
-        result = CliRunner().invoke(cli.commands, ("doctor", *arguments), env={**env, **environ})
+        result = CliRunner().invoke(cli_main.commands, ("doctor", *arguments), env={**env, **environ})
         assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
         return result
 
@@ -178,9 +180,9 @@ def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path)
         wait_until(lambda: prometheus.query_value(workers) == 1, within=60, what="one worker less")
         result = wait_until(settled, within=60, what="its slot adopted, and all found by Prometheus where they are now")
         assert "on this host: 1 worker; adopted, without one: 1 slot." in result.stdout
-        listed = CliRunner().invoke(cli.commands, "list", env=settings).stdout
+        listed = CliRunner().invoke(cli_main.commands, "list", env=settings).stdout
         assert sorted(re.findall(" (adopted|alive) ", listed)) == ["adopted", "alive", "alive"]
-        found = json.loads(CliRunner().invoke(cli.commands, ("top", "--json"), env=settings).stdout)
+        found = json.loads(CliRunner().invoke(cli_main.commands, ("top", "--json"), env=settings).stdout)
         assert sorted(row["state"] for row in found) == ["adopted", "up"]
         assert "Connections that this host's workers hold: 1;" in result.stdout, (
             "a page that is served for another polls"
@@ -193,7 +195,7 @@ def test_hooks(run: Callable[..., Result], consul: Consul, slot_directory: Path)
 
 
 def scrape(consul: Consul) -> str:
-    return snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+    return scrape_config.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
 
 
 class TestSettings:
@@ -265,10 +267,10 @@ class TestAgent:
     def test_each_failure_has_its_cure(self) -> None:
         """Nobody is told to start an agent that answers, or to set TLS up where there is none."""
         http, https = (load({"consul_http_addr": f"{scheme}://h"}, environ={}) for scheme in ("http", "https"))
-        assert "CACERT" not in doctor._cure(http, AgentUnreachable())
-        assert "CACERT" in doctor._cure(https, AgentUnreachable())
-        assert "limits.http_max_conns_per_client" in doctor._cure(http, AgentBusy())
-        assert all("Start" not in doctor._cure(http, error) for error in (AgentBusy(), AgentFailed(), AgentConfused()))
+        assert "CACERT" not in checks._cure(http, AgentUnreachable())
+        assert "CACERT" in checks._cure(https, AgentUnreachable())
+        assert "limits.http_max_conns_per_client" in checks._cure(http, AgentBusy())
+        assert all("Start" not in checks._cure(http, error) for error in (AgentBusy(), AgentFailed(), AgentConfused()))
 
     def test_fails_in_between(self, examine: Examine, agent: DevAgent) -> None:
         """An agent that stops to answer ends nothing but the checks that need it."""
@@ -289,11 +291,11 @@ class TestAgent:
 
     async def test_old(self, consul: Consul, monkeypatch: pytest.MonkeyPatch) -> None:
         """A Consul that is too old is named; the newest text with a suffix is not."""
-        seen = doctor._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
+        seen = checks._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
         texts = (("1.6.10", "wrong"), ("1.7.0", "ok"), ("1.22.1+ent", "ok"), ("2.0.0-rc1", "ok"), ("", "unknown"))
         for text, state in texts:
             seen.about_agent = {"Config": {"Version": text}}
-            assert (await doctor._version(seen)).state == state
+            assert (await checks._version(seen)).state == state
 
     def test_token_without_rights(self, examine: Examine, access: Access) -> None:
         """A token that may not register is found, with the rule that it needs."""
@@ -452,7 +454,7 @@ class TestHost:
         def fail(*_: object, **__: object) -> None:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-        monkeypatch.setattr(doctor, "TemporaryDirectory", fail)
+        monkeypatch.setattr(checks, "TemporaryDirectory", fail)
         found = examine()
         assert wrong(found) == {"directory"}
         assert found["directory"].sentence == f"{slot_directory} cannot be written to: Read-only file system."
@@ -490,16 +492,16 @@ class TestHost:
 
     def test_unknown_library(self, examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
         """So is a prometheus_client that the ledger does not know."""
-        monkeypatch.setattr("consul_prom.cells.plain", lambda _child: [])
+        monkeypatch.setattr("consul_prom.ledger.compat.plain", lambda _child: [])
         assert wrong(found := examine()) == {"ledger"}
         assert "prometheus_client" in found["ledger"].sentence
 
     async def test_limits(self) -> None:
         """The agent's limit is told where it is known, Consul's default where it is not, and 0 is no limit."""
-        seen = doctor._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
+        seen = checks._Seen(load({}, environ={}), None)  # type: ignore[arg-type]
         for told, said in ((None, "Consul's default is 200"), (7, "the agent allows 7 "), (0, "allows any number")):
             seen.about_agent = None if told is None else {"DebugConfig": {"HTTPMaxConnsPerClient": told}}
-            finding = await doctor._limits(seen)
+            finding = await checks._limits(seen)
             assert (finding.state, said in finding.sentence) == ("ok", True), finding
 
     def test_crowd(self, examine: Examine, consul: Consul) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import trustme
 
-from consul_prom import door as module
-from consul_prom.door import Connection, Connections, Door
+from consul_prom.server import listener as module
+from consul_prom.server.listener import Connection, Connections, Door
 from tests.services.waiting import eventually
 
 DEADLINE = 10.0

@@ -19,12 +19,12 @@ from pathlib import Path
 import bcrypt
 import pytest
 
-from consul_prom import door, passwords, scrape
-from consul_prom.address import listen
-from consul_prom.endpoint import Endpoint
-from consul_prom.registration import HEALTH_PATH
-from consul_prom.thread import MetricsThread
-from consul_prom.webconfig import WebConfig
+from consul_prom.consul.registration import HEALTH_PATH
+from consul_prom.process.metrics_thread import MetricsThread
+from consul_prom.server import basic_auth, listener, metrics_handler
+from consul_prom.server.bind import listen
+from consul_prom.server.endpoint import Endpoint
+from consul_prom.server.web_config import WebConfig
 from tests import ROOT
 from tests.services.waiting import wait_until
 
@@ -278,11 +278,13 @@ class TestReaders:
     def test_many_pages_of_chosen_names(self, served: Served) -> None:
         """Of different pages of chosen names a few are written at once, and more are refused; whole pages never are."""
         with served.holding() as event, ThreadPoolExecutor(40) as pool:
-            chosen = [pool.submit(served.ask, f"/metrics?name[]={number}") for number in range(scrape.CHOSEN_AT_ONCE)]
-            wait_until(lambda: len(served.asked) == scrape.CHOSEN_AT_ONCE, within=DEADLINE, what="pages begun")
+            chosen = [
+                pool.submit(served.ask, f"/metrics?name[]={number}") for number in range(metrics_handler.CHOSEN_AT_ONCE)
+            ]
+            wait_until(lambda: len(served.asked) == metrics_handler.CHOSEN_AT_ONCE, within=DEADLINE, what="pages begun")
             refused = served.ask("/metrics?name[]=another")
             again, whole = pool.submit(served.ask, "/metrics?name[]=1&name[]=1"), pool.submit(served.ask)
-            wait_until(lambda: len(served.asked) == scrape.CHOSEN_AT_ONCE + 3, within=DEADLINE, what="more")
+            wait_until(lambda: len(served.asked) == metrics_handler.CHOSEN_AT_ONCE + 3, within=DEADLINE, what="more")
             event.set()
             assert {answer.result(DEADLINE).status for answer in [*chosen, again, whole]} == {200}
         assert (refused.status, refused.headers["Retry-After"]) == (503, "1")
@@ -304,16 +306,16 @@ class TestReaders:
         """Readers that stall hold a few pages at most; then the oldest are cut off, and others are served as ever."""
         served.page = lambda: os.urandom(1) * 20_000_000
         stalled = []
-        for number in range(scrape.PAGES_READ + 2):
+        for number in range(metrics_handler.PAGES_READ + 2):
             client = served.connect()
             stalled.append(client)
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             wait_until(lambda: len(served.took) == number + 1, within=DEADLINE, what="the page is written")  # noqa: B023
-        assert len(served.endpoint.scrapes._read) == scrape.PAGES_READ
+        assert len(served.endpoint.scrapes._read) == metrics_handler.PAGES_READ
         served.page = lambda: b"one 1.0\n"
         assert served.ask().body == b"one 1.0\n"
         whole = [_is_whole(client, 20_000_000) for client in stalled]
-        assert whole == [False] * 3 + [True] * (scrape.PAGES_READ - 1)
+        assert whole == [False] * 3 + [True] * (metrics_handler.PAGES_READ - 1)
         for client in stalled:
             client.close()
 
@@ -336,7 +338,7 @@ class TestReaders:
 
     def test_reader_that_never_ends(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         """A reader that has not taken the page in time is cut off."""
-        monkeypatch.setattr(scrape, "READING", 0.2)
+        monkeypatch.setattr(metrics_handler, "READING", 0.2)
         served.page = lambda: b"x" * 20_000_000
         with served.connect() as client:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -347,17 +349,17 @@ class TestReaders:
 
     def test_crowd(self, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         """A crowd of silent connections cuts off no scraper, neither while its page is written nor while it is read."""
-        monkeypatch.setattr(door, "STALL", 60)
+        monkeypatch.setattr(listener, "STALL", 60)
         size, crowd = 20_000_000, []
         served.page = lambda: b"x" * size
         with served.holding() as go_on, served.connect() as client:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             wait_until(lambda: served.written, within=DEADLINE, what="the page is begun")
-            crowd += [served.connect() for _ in range(2 * door.PLACES)]
+            crowd += [served.connect() for _ in range(2 * listener.PLACES)]
             assert served.ask(HEALTH_PATH).status == 200
             go_on.set()
             wait_until(lambda: served.took, within=DEADLINE, what="the page is written")
-            crowd += [served.connect() for _ in range(2 * door.PLACES)]
+            crowd += [served.connect() for _ in range(2 * listener.PLACES)]
             assert served.ask(HEALTH_PATH).status == 200
             assert _is_whole(client, size)
         for silent in crowd:
@@ -437,7 +439,9 @@ class TestBrokenCollector:
                 assert answer.body == b"a collector raised LookupError\n"
             served.page = lambda: b"one 1.0\n"
             assert served.ask().status == 200
-        assert [(record.name, record.levelname) for record in caplog.records] == [("consul_prom.scrape", "WARNING")] * 4
+        assert [(record.name, record.levelname) for record in caplog.records] == [
+            ("consul_prom.server.metrics_handler", "WARNING")
+        ] * 4
         assert ["can be rendered again" in message for message in caplog.messages] == [False, True] * 2
         assert "cannot be rendered" in caplog.records[0].message
         assert caplog.records[0].exc_info
@@ -448,7 +452,9 @@ class TestBrokenCollector:
         """What the page for people raises is our own mistake, and not kept quiet."""
         served.facts = {"one": 1}  # type: ignore[dict-item]
         assert served.ask("/").status == 500
-        assert [(record.name, record.levelname) for record in caplog.records] == [("consul_prom.endpoint", "ERROR")]
+        assert [(record.name, record.levelname) for record in caplog.records] == [
+            ("consul_prom.server.endpoint", "ERROR")
+        ]
 
     def test_others_go_on(self, served: Served) -> None:
         """The agent's check and the page for people still work."""
@@ -541,9 +547,9 @@ class TestWebConfig:
     def test_guesses(self, guarded: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         """Guesses of one client on many connections get a 503, except for one, and the right password is let in."""
         gate = threading.Event()
-        matches = passwords._bcrypt_matches
+        matches = basic_auth._bcrypt_matches
         monkeypatch.setattr(
-            passwords, "_bcrypt_matches", lambda password, hashed: gate.wait(DEADLINE) and matches(password, hashed)
+            basic_auth, "_bcrypt_matches", lambda password, hashed: gate.wait(DEADLINE) and matches(password, hashed)
         )
         clients = [guarded.connect() for _ in range(20)]
         for number, client in enumerate(clients):
@@ -710,9 +716,9 @@ class TestBlockedApplication:
         """A process whose main thread sleeps, or computes without end, is scraped meanwhile."""
         code = """
 import sys, time
-from consul_prom.address import listen
-from consul_prom.endpoint import Endpoint
-from consul_prom.thread import MetricsThread
+from consul_prom.server.bind import listen
+from consul_prom.server.endpoint import Endpoint
+from consul_prom.process.metrics_thread import MetricsThread
 
 async def serve():
     page = {}, None, [b"one 1.0\\n"]

@@ -22,7 +22,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from consul_prom import exposition, family
+from consul_prom.exposition import family_renderer
+from consul_prom.exposition import renderer as page_renderer
 from tests.pages import render
 
 PROMETHEUS = (
@@ -311,12 +312,12 @@ class TestCompression:
             import gzip
             from prometheus_client import CollectorRegistry, Counter
             from prometheus_client.exposition import generate_latest
-            from consul_prom import exposition
+            from consul_prom.exposition import renderer as page_renderer
             registry = CollectorRegistry()
             Counter("reqs", "-", registry=registry)
-            _, _, pieces = exposition.Renderer(registry).render("", "gzip")
+            _, _, pieces = page_renderer.Renderer(registry).render("", "gzip")
             assert gzip.decompress(b"".join(pieces)) == generate_latest(registry)
-            print(exposition.compress.__module__)
+            print(page_renderer.compress.__module__)
         """
         command = [sys.executable, "-c", dedent(program)]
         assert subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout == f"{wanted}\n"
@@ -353,7 +354,7 @@ class TestEncoding:
         self._use(registry, *labels)
         clean = CollectorRegistry()
         self._use(clean, *[label for label in labels if self.BAD not in label])
-        renderer = exposition.Renderer(registry)
+        renderer = page_renderer.Renderer(registry)
         encode, _ = text.choose_encoder(accept)
         for _ in range(2):
             assert render(renderer, accept=accept).body == encode(clean)
@@ -366,7 +367,7 @@ class TestEncoding:
         caplog.set_level(logging.INFO)
         counter = Counter("reqs", "-", ["x"], registry=registry)
         counter.labels(self.BAD).inc()
-        renderer = exposition.Renderer(registry)
+        renderer = page_renderer.Renderer(registry)
         for _ in range(3):
             render(renderer)
             render(renderer, accept=PROMETHEUS)
@@ -380,7 +381,7 @@ class TestEncoding:
         """Such an exemplar is left out, and the sample stays."""
         counter = Counter("reqs", "-", registry=registry)
         histogram = Histogram("took", "-", registry=registry, buckets=(1,))
-        renderer = exposition.Renderer(registry)
+        renderer = page_renderer.Renderer(registry)
         for trace in ("a", self.BAD):
             counter.inc(1, {"trace": trace})
             histogram.observe(0.5, {"trace": trace})
@@ -426,12 +427,12 @@ class TestNames:
     def test_page_from_kept_families(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """A page of chosen names is written in slices, from what is kept of other scrapes, and keeps it all."""
         counter = Counter("reqs", "-", ["x"], registry=registry)
-        for number in range(3 * family.BLOCK):
+        for number in range(3 * family_renderer.BLOCK):
             counter.labels(number).inc()
-        renderer = exposition.Renderer(registry)
+        renderer = page_renderer.Renderer(registry)
         whole = render(renderer).body
-        monkeypatch.setattr(exposition.Renderer, "_by_library", None)
-        monkeypatch.setattr(family, "_fill", None)
+        monkeypatch.setattr(page_renderer.Renderer, "_by_library", None)
+        monkeypatch.setattr(family_renderer, "_fill", None)
         assert render(renderer, names=["reqs_total"]).body == text.generate_latest(
             registry.restricted_registry(["reqs_total"])
         )
@@ -442,7 +443,7 @@ class TestNames:
         """Requests that differ only in names that nothing has ask for one page; a custom collector may have any."""
 
         def chosen(*names: str) -> object:
-            return exposition.Renderer(full).render("", "", names).names
+            return page_renderer.Renderer(full).render("", "", names).names
 
         assert chosen("reqs_total", "absent") == chosen("x", "reqs_total") == {"reqs_total"}
         assert chosen("absent") == frozenset()

@@ -30,11 +30,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from consul_prom import cells, continued, exposition, family, kinds
-from consul_prom.continued import ContinuedRegistry, last_page
 from consul_prom.errors import LedgerError
-from consul_prom.exposition import Renderer
-from consul_prom.ledger import Ledger, read
+from consul_prom.exposition import family_renderer, metric_types
+from consul_prom.exposition import renderer as page_renderer
+from consul_prom.exposition.renderer import Renderer
+from consul_prom.ledger import registry as ledger_registry
+from consul_prom.ledger import values as ledger_values
+from consul_prom.ledger.file import Ledger, read
+from consul_prom.ledger.registry import ContinuedRegistry, last_page
 from tests import ROOT
 from tests.pages import render
 
@@ -486,12 +489,12 @@ class TestChanges:
         """More series than are looked at in one go: some come, some go, some change."""
         counter = Counter("reqs", "-", ["n"], registry=registry)
         renderer = Renderer(registry)
-        for number in range(3 * family.BLOCK):
+        for number in range(3 * family_renderer.BLOCK):
             counter.labels(number).inc(number)
         _same(registry, renderer)
-        counter.labels(family.BLOCK + 1).inc()
+        counter.labels(family_renderer.BLOCK + 1).inc()
         _same(registry, renderer)
-        for number in range(family.BLOCK // 2, 3 * family.BLOCK, 2):
+        for number in range(family_renderer.BLOCK // 2, 3 * family_renderer.BLOCK, 2):
             counter.remove(number)
         _same(registry, renderer)
         counter.labels("last").inc()
@@ -529,7 +532,7 @@ class TestLeftToTheLibrary:
     def test_series_that_fails_midway(self, registry: CollectorRegistry) -> None:
         """Where the last of many series is not as it should be, no line of those before it is there twice."""
         gauge = Gauge("g", "-", ["x"], registry=registry)
-        for number in range(3 * family.BLOCK):
+        for number in range(3 * family_renderer.BLOCK):
             gauge.labels(number).set(number)
         renderer = Renderer(registry)
         for odd in (True, False, True):
@@ -572,32 +575,36 @@ class TestLeftToTheLibrary:
 
     def test_multiprocess_mode(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """In multiprocess mode values are files, and the library's own affair."""
-        kinds.is_known.cache_clear()
+        metric_types.is_known.cache_clear()
         monkeypatch.setattr(values, "ValueClass", type("MmapedValue", (values.MutexValue,), {}))
         try:
             Counter("reqs", "-", registry=registry).inc()
             _same(registry, Renderer(registry))
-            assert kinds.known() == {}
+            assert metric_types.known() == {}
         finally:
-            kinds.is_known.cache_clear()
+            metric_types.is_known.cache_clear()
 
     def test_library_that_writes_otherwise(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where a version of the library keeps its numbers otherwise, its class is left to it, and the others not."""
-        kinds.is_known.cache_clear()
-        monkeypatch.setattr(kinds._Summaries, "values", lambda _self, children: [child._total for child in children])
-        monkeypatch.setattr(kinds._Histograms, "suffixes", lambda _self: ["_bucket", "_gsum"])
-        monkeypatch.setattr(kinds._Counters, "numbers", lambda _self, _children, read: [number + 1 for number in read])
+        metric_types.is_known.cache_clear()
+        monkeypatch.setattr(
+            metric_types._Summaries, "values", lambda _self, children: [child._total for child in children]
+        )
+        monkeypatch.setattr(metric_types._Histograms, "suffixes", lambda _self: ["_bucket", "_gsum"])
+        monkeypatch.setattr(
+            metric_types._Counters, "numbers", lambda _self, _children, read: [number + 1 for number in read]
+        )
         try:
-            assert set(kinds.known()) == {Enum, Gauge}
+            assert set(metric_types.known()) == {Enum, Gauge}
             for kind in (Counter, Summary, Histogram):
                 kind(kind.__name__, "-", registry=registry)
             _same(registry, Renderer(registry))
         finally:
-            kinds.is_known.cache_clear()
+            metric_types.is_known.cache_clear()
 
     def test_all_are_known(self) -> None:
         """All classes but Info are ours in the version that is installed."""
-        assert set(kinds.known()) == {Counter, Gauge, Summary, Histogram, Enum}
+        assert set(metric_types.known()) == {Counter, Gauge, Summary, Histogram, Enum}
 
 
 class TestContinued:
@@ -667,39 +674,39 @@ class TestContinued:
         registry = CollectorRegistry()
         self._continue(registry, path)
         counter = Counter("reqs", "-", ["x"], registry=registry)
-        for number in range(4 * continued.SLICE):
+        for number in range(4 * ledger_registry.SLICE):
             counter.labels(number).inc()
         registry = CollectorRegistry()
         source = self._continue(registry, path)
         counter = Counter("reqs", "-", ["x"], registry=registry if is_registered else None)
-        made = Mock(side_effect=cells.move)
-        monkeypatch.setattr(continued, "move", made)
+        made = Mock(side_effect=ledger_values.move)
+        monkeypatch.setattr(ledger_registry, "move", made)
         counts = [0]
         for number, _ in enumerate(source.prepare()):
             counts.append(made.call_count)
             if is_registered:
                 counter.labels(number).inc()
-                counter.labels(continued.SLICE * 4 - 1 - number).inc()
+                counter.labels(ledger_registry.SLICE * 4 - 1 - number).inc()
                 counter.remove(str(100 + number))
             counts.append(made.call_count)
-        assert max(after - before for before, after in pairwise(counts)) == continued.SLICE
+        assert max(after - before for before, after in pairwise(counts)) == ledger_registry.SLICE
         before = made.call_count
         page = _same(source, Renderer(source))
         assert made.call_count == before
-        assert page.count(b"reqs_total{") == 4 * (continued.SLICE - is_registered)
+        assert page.count(b"reqs_total{") == 4 * (ledger_registry.SLICE - is_registered)
 
     def test_inherited_in_their_order(self, registry: CollectorRegistry, path: Path) -> None:
         """Those that the process used come first; those that it did not, last in their family, until it does."""
         counters = [Counter(name, "-", ["x"], registry=registry) for name in ("reqs", "took")]
         self._continue(registry, path)
-        for number in range(2 * family.BLOCK):
+        for number in range(2 * family_renderer.BLOCK):
             for counter in counters:
                 counter.labels(number).inc()
         registry = CollectorRegistry()
         counter = Counter("reqs", "-", ["x"], registry=registry)
         continued = self._continue(registry, path)
         renderer = Renderer(continued)
-        for number in (2 * family.BLOCK - 1, 3, 2 * family.BLOCK):
+        for number in (2 * family_renderer.BLOCK - 1, 3, 2 * family_renderer.BLOCK):
             counter.labels(number).inc()
             page = _same(continued, renderer)
             _same(continued, renderer, "")
@@ -787,7 +794,7 @@ class TestKept:
         renderer = Renderer(registry)
         page = _same(registry, renderer)
         monkeypatch.setattr(Renderer, "_by_library", None)
-        monkeypatch.setattr(family.Family, "_take_apart", None)
+        monkeypatch.setattr(family_renderer.Family, "_take_apart", None)
         assert render(renderer, accept=OPEN).body == page
 
     def test_what_is_gone_is_let_go(self, registry: CollectorRegistry) -> None:
@@ -795,7 +802,7 @@ class TestKept:
         kept, gone = (Counter(name, "-", ["x"], registry=registry) for name in ("kept", "gone"))
         renderer = Renderer(registry)
         children = []
-        for number in range(2 * family.BLOCK):
+        for number in range(2 * family_renderer.BLOCK):
             children.append(weakref.ref(kept.labels(number)))
             children.append(weakref.ref(gone.labels(number)))
         _same(registry, renderer)
@@ -810,10 +817,10 @@ class TestKept:
     def test_fewer_series(self, registry: CollectorRegistry) -> None:
         """Where many series became few, the rest is not held."""
         counter = Counter("reqs", "-", ["x"], registry=registry)
-        children = [weakref.ref(counter.labels(number)) for number in range(3 * family.BLOCK)]
+        children = [weakref.ref(counter.labels(number)) for number in range(3 * family_renderer.BLOCK)]
         renderer = Renderer(registry)
         _same(registry, renderer)
-        for number in range(1, 3 * family.BLOCK):
+        for number in range(1, 3 * family_renderer.BLOCK):
             counter.remove(number)
         _same(registry, renderer)
         gc.collect()
@@ -825,7 +832,7 @@ class TestKept:
         renderer = Renderer(registry)
         for accept in FORMATS:
             _same(registry, renderer, accept)
-            assert len(renderer._kept) <= exposition.FORMATS_KEPT
+            assert len(renderer._kept) <= page_renderer.FORMATS_KEPT
 
     def test_format_that_nobody_asks_for(self, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
         """A format that was not asked for in minutes is let go."""
@@ -835,7 +842,7 @@ class TestKept:
         _same(registry, renderer)
         assert len(renderer._kept) == 2
         now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + exposition.FORGET + 1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + page_renderer.FORGET + 1)
         _same(registry, renderer)
         assert len(renderer._kept) == 1
 

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from consul_prom import slots
 from consul_prom.devagent import DevAgent, Fault
+from consul_prom.slots import slots
 from tests.workers import PACKAGE, Workers
 
 BEGIN = """
 import multiprocessing.util, os, signal, sys, time
-from consul_prom import farewell
+from consul_prom.process import exit_hooks
 
 def tell(word):
     print(word, flush=True)
 
 def stop():
-    with farewell.said(stop):
+    with exit_hooks.said(stop):
         tell("begun")
         time.sleep(float(sys.argv[1]))
         tell("said")
@@ -60,15 +60,15 @@ def rest(process: "subprocess.Popen[str]") -> tuple[int, str]:
 
 def test_end_of_python(run: Run) -> None:
     """It is said as Python exits, and once."""
-    assert rest(run("farewell.expect(stop)")) == (0, "begun\nsaid\n")
+    assert rest(run("exit_hooks.expect(stop)")) == (0, "begun\nsaid\n")
 
 
 def test_dies_at_exit(run: Run) -> None:
     """A process may die of a signal where Python would exit: after all is said and the application's own exit hooks."""
     script = """
 import atexit
-farewell.expect(stop)
-farewell.die_at_exit(signal.SIGINT)
+exit_hooks.expect(stop)
+exit_hooks.die_at_exit(signal.SIGINT)
 atexit.register(tell, "application")
 """
     assert rest(run(script)) == (-signal.SIGINT, "application\nbegun\nsaid\n")
@@ -77,7 +77,7 @@ atexit.register(tell, "application")
 def test_child_exits(run: Run) -> None:
     """A forked child exits as Python does, whatever its parent dies of."""
     script = """
-farewell.die_at_exit(signal.SIGTERM)
+exit_hooks.die_at_exit(signal.SIGTERM)
 child = os.fork()
 if child:
     tell(os.waitpid(child, 0)[1])
@@ -89,11 +89,11 @@ def test_several(run: Run) -> None:
     """Each worker of a process says its own."""
     script = """
 def other():
-    with farewell.said(other):
+    with exit_hooks.said(other):
         tell("other")
 
-farewell.expect(stop)
-farewell.expect(other)
+exit_hooks.expect(stop)
+exit_hooks.expect(other)
 signal.raise_signal(signal.SIGTERM)
 """
     assert rest(run(script)) == (-signal.SIGTERM, "begun\nsaid\nother\n")
@@ -101,13 +101,13 @@ signal.raise_signal(signal.SIGTERM)
 
 def test_nothing_due(run: Run) -> None:
     """What has been said is not said again, and the signal's handling is as before."""
-    script = "farewell.expect(stop); stop(); tell(signal.getsignal(signal.SIGTERM).name)"
+    script = "exit_hooks.expect(stop); stop(); tell(signal.getsignal(signal.SIGTERM).name)"
     assert rest(run(script)) == (0, "begun\nsaid\nSIG_DFL\n")
 
 
 def test_signal(run: Run) -> None:
     """It is said before the process dies of SIGTERM, which it does."""
-    process = run("farewell.expect(stop); tell('ready'); signal.pause()")
+    process = run("exit_hooks.expect(stop); tell('ready'); signal.pause()")
     assert hears(process, "ready")
     process.terminate()
     assert rest(process) == (-signal.SIGTERM, "begun\nsaid\n")
@@ -115,7 +115,7 @@ def test_signal(run: Run) -> None:
 
 def test_signal_meanwhile(run: Run) -> None:
     """A signal does not break off what is under way already."""
-    process = run("farewell.expect(stop); stop(); signal.pause()", seconds=0.3)
+    process = run("exit_hooks.expect(stop); stop(); signal.pause()", seconds=0.3)
     assert hears(process, "begun")
     process.terminate()
     assert rest(process) == (-signal.SIGTERM, "said\n")
@@ -123,7 +123,7 @@ def test_signal_meanwhile(run: Run) -> None:
 
 def test_signal_while_another_thread_stops(run: Run) -> None:
     """The same where another thread has begun it."""
-    script = "import threading; farewell.expect(stop); threading.Thread(target=stop).start(); signal.pause()"
+    script = "import threading; exit_hooks.expect(stop); threading.Thread(target=stop).start(); signal.pause()"
     process = run(script, seconds=0.3)
     assert hears(process, "begun")
     process.terminate()
@@ -132,7 +132,7 @@ def test_signal_while_another_thread_stops(run: Run) -> None:
 
 def test_handler_taken_down(run: Run) -> None:
     """Nor where the server has taken its own handler down by then, as Gunicorn's workers do."""
-    script = "signal.signal(signal.SIGTERM, lambda *_: None); farewell.expect(stop)"
+    script = "signal.signal(signal.SIGTERM, lambda *_: None); exit_hooks.expect(stop)"
     process = run(script + "; signal.signal(signal.SIGTERM, signal.SIG_DFL); stop(); signal.pause()", seconds=0.3)
     assert hears(process, "begun")
     process.terminate()
@@ -141,7 +141,7 @@ def test_handler_taken_down(run: Run) -> None:
 
 def test_second_signal(run: Run) -> None:
     """A second signal, as multiprocessing sends to those who do not die of the first at once, breaks nothing off."""
-    process = run("farewell.expect(stop); tell('ready'); signal.pause()", seconds=0.3)
+    process = run("exit_hooks.expect(stop); tell('ready'); signal.pause()", seconds=0.3)
     assert hears(process, "ready")
     process.terminate()
     assert hears(process, "begun")
@@ -151,7 +151,7 @@ def test_second_signal(run: Run) -> None:
 
 def test_failure(run: Run) -> None:
     """A farewell that fails keeps nobody alive."""
-    process = run("farewell.expect(lambda: 1 / 0); tell('ready'); signal.pause()")
+    process = run("exit_hooks.expect(lambda: 1 / 0); tell('ready'); signal.pause()")
     assert hears(process, "ready")
     process.terminate()
     assert rest(process)[0] == -signal.SIGTERM
@@ -175,7 +175,7 @@ def test_others_handler(run: Run) -> None:
     """A signal that the application handles, or ignores, is the application's."""
     script = """
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-farewell.expect(stop)
+exit_hooks.expect(stop)
 tell(signal.getsignal(signal.SIGTERM).name)
 stop()
 tell(signal.getsignal(signal.SIGTERM).name)
@@ -186,7 +186,7 @@ tell(signal.getsignal(signal.SIGTERM).name)
 def test_not_in_the_main_thread(run: Run) -> None:
     """Where the signal cannot be handled, the end of Python is left."""
     script = (
-        "import threading; other = threading.Thread(target=farewell.expect, args=[stop]); other.start(); other.join()"
+        "import threading; other = threading.Thread(target=exit_hooks.expect, args=[stop]); other.start(); other.join()"
     )
     assert rest(run(script)) == (0, "begun\nsaid\n")
 
@@ -194,7 +194,7 @@ def test_not_in_the_main_thread(run: Run) -> None:
 def test_forked_child(run: Run) -> None:
     """A forked child has nothing to say, and dies of the signal at once."""
     script = """
-farewell.expect(stop)
+exit_hooks.expect(stop)
 child = os.fork()
 if not child:
     tell(signal.getsignal(signal.SIGTERM).name)
@@ -209,7 +209,7 @@ tell("parent")
 def test_child_of_multiprocessing(run: Run, tmp_path: Path, method: str) -> None:
     """A process of multiprocessing's says it at its end, however it was made."""
     file = tmp_path / "child.py"
-    file.write_text(BEGIN + "def work():\n    farewell.expect(stop)\n")
+    file.write_text(BEGIN + "def work():\n    exit_hooks.expect(stop)\n")
     script = f"""
 import multiprocessing
 sys.path.insert(0, {str(tmp_path)!r})

@@ -8,14 +8,15 @@ import aiohttp
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from consul_prom import slots
-from consul_prom.client import AgentClient
+from consul_prom.consul.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.guest import Guest
-from consul_prom.settings import Settings
-from consul_prom.site import Site
-from consul_prom.tally import Tally
-from consul_prom.worker import running
+from consul_prom.gunicorn.stats import Tally
+from consul_prom.settings.settings import Settings
+from consul_prom.slots import slots
+from consul_prom.slots.directory import prepare
+from consul_prom.worker.target import Guest
+from consul_prom.worker.target_factory import Site
+from consul_prom.worker.worker import running
 from tests.conftest import MakeSettings
 from tests.services.waiting import eventually
 from tests.workers import meta, put
@@ -36,7 +37,7 @@ async def client(agent: DevAgent, settings: MakeSettings) -> AsyncIterator[Agent
 
 @pytest.fixture
 def slot(slot_directory: Path) -> slots.Slot:
-    slots.prepare(slot_directory)
+    prepare(slot_directory)
     slot = slots.try_slot(slot_directory, "shop", slots.MASTER)
     assert slot
     return slot
@@ -101,7 +102,7 @@ async def test_serves(agent: DevAgent, host: Host) -> None:
 
 async def test_guarded(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker lets the same networks in to the page that it serves for the masters as to its own."""
-    slots.prepare(slot_directory)
+    prepare(slot_directory)
     tally = Tally(slot_directory, "shop")
     common = {"consul_http_addr": agent.url, "dir": str(slot_directory), "host": "web-1", "address": "127.0.0.1"}
     with running(service="shop", linger=0, allow="127.0.0.3/32", registry=CollectorRegistry(), **common):
@@ -138,7 +139,7 @@ async def test_gives_up(agent: DevAgent, host: Host) -> None:
 
 async def test_entry_comes_back(agent: DevAgent, host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry that the agent loses is registered again, by polls: a guest holds no connection."""
-    monkeypatch.setattr("consul_prom.registrar.TURN", 0.1)
+    monkeypatch.setattr("consul_prom.consul.registrar.TURN", 0.1)
     guest, port = await host.receive()
     await registered(agent, port)
     assert not any("hash=" in path for _, path in agent.requests)
@@ -191,7 +192,7 @@ async def test_never_asked(agent: DevAgent, host: Host) -> None:
 
 async def test_lost_right(agent: DevAgent, host: Host, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the slot's file is another's, the entry goes, and the end is still a clean one."""
-    monkeypatch.setattr("consul_prom.registrar.TURN", 0.1)
+    monkeypatch.setattr("consul_prom.consul.registrar.TURN", 0.1)
     guest, port = await host.receive()
     await registered(agent, port)
     slots.path_of(slot_directory, "shop", slots.MASTER).unlink()

@@ -16,8 +16,8 @@ from gunicorn.config import Config
 import consul_prom
 from consul_prom import gunicorn as hooks
 from consul_prom.devagent import DevAgent
-from consul_prom.master import Master
-from consul_prom.tally import Masters
+from consul_prom.gunicorn.master import Master
+from consul_prom.worker.master_page import Masters
 from tests.forking import in_child
 from tests.test_undertaker import leave_slot
 

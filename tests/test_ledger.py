@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from consul_prom import ledger
 from consul_prom.errors import LedgerError
-from consul_prom.ledger import IN_USE, KEEP, MOST_UNUSED, SIZE, STEP, VALUES, Family, Ledger, Series, read
+from consul_prom.ledger import file as ledger_file
+from consul_prom.ledger.file import IN_USE, KEEP, MOST_UNUSED, SIZE, STEP, VALUES, Family, Ledger, Series, read
 
 HITS = Family("counter", "hits", ("route",), documentation="Hits.")
 SECONDS = Family("histogram", "seconds", (), (0.5, float("inf")), unit="")
@@ -84,11 +84,11 @@ class TestTakeOver:
         count(book, HITS, "?")
         count(book, HITS, "/")
         place = bytes(book._bytes[: book._end]).index(b"?")
-        start = place - ledger._NUMBER.size - ledger._SUMMED.size - ledger._START.size
+        start = place - ledger_file._NUMBER.size - ledger_file._SUMMED.size - ledger_file._START.size
         book._bytes[place : place + 1] = b"\xed"  # as a lone surrogate begins
-        summed = bytes(book._bytes[start + ledger._START.size : place + 1])
-        size, _ = ledger._START.unpack_from(book._bytes, start)
-        book._bytes[start : start + ledger._START.size] = ledger._START.pack(size, zlib.crc32(summed))
+        summed = bytes(book._bytes[start + ledger_file._START.size : place + 1])
+        size, _ = ledger_file._START.unpack_from(book._bytes, start)
+        book._bytes[start : start + ledger_file._START.size] = ledger_file._START.pack(size, zlib.crc32(summed))
         assert totals(path) == {("hits", "/"): 1}
         assert take_over(path).inherited[HITS].keys() == {("/",)}
 
@@ -140,7 +140,7 @@ class TestTakeOver:
     @pytest.mark.parametrize("payload", [b"{}", b"{", b'{"labelnames": 1}'])
     def test_other_records(self, path: Path, payload: bytes, caplog: pytest.LogCaptureFixture) -> None:
         """Nor one whose records are whole and not such as ours: the sentence is ours, too."""
-        take_over(path)._write(ledger._record(ledger._FAMILY, payload))
+        take_over(path)._write(ledger_file._record(ledger_file._FAMILY, payload))
         assert not any(take_over(path).inherited.values())
         assert [record.message for record in caplog.records] == [
             f"{path} is not continued, counters start anew: it holds a record that we do not write"
@@ -166,7 +166,7 @@ class TestTakeOver:
     def test_nonsense(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """Nor what is no ledger, whatever it is: a directory cannot even be replaced."""
         caplog.set_level(logging.INFO)
-        for nonsense in (b"", b"x", os.urandom(5000), ledger.MAGIC, ledger.MAGIC + os.urandom(500)):
+        for nonsense in (b"", b"x", os.urandom(5000), ledger_file.MAGIC, ledger_file.MAGIC + os.urandom(500)):
             path.write_bytes(nonsense)
             assert not any(take_over(path).inherited.values())
         assert len(caplog.records) == 5
@@ -331,7 +331,7 @@ class TestSpace:
         count(book, HITS, "/more")
         book.drop(count(book, HITS, "/gone"))
         unused = count(book, HITS, "/unused")
-        book.cells[unused + ledger.USED] = NOW - KEEP - 1
+        book.cells[unused + ledger_file.USED] = NOW - KEEP - 1
         if torn:
             book._bytes[book._end : book._end + 100] = b"x" * 100
         monkeypatch.setattr(os, call, _unwritable(call, errno.ENOSPC))
@@ -360,7 +360,7 @@ class TestSpace:
 
     def test_full(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A ledger that is as large as its mapping takes no more series."""
-        monkeypatch.setattr(ledger, "SIZE", 2**18)
+        monkeypatch.setattr(ledger_file, "SIZE", 2**18)
         book = take_over(path)
         with pytest.raises(LedgerError, match="it is full"):
             count_many(book)
@@ -405,7 +405,7 @@ class TestSpace:
                     count(book, HITS, f"/inner/{number}")
             return real()
 
-        monkeypatch.setattr(ledger, "time", SimpleNamespace(monotonic=interrupted, time=time.time))
+        monkeypatch.setattr(ledger_file, "time", SimpleNamespace(monotonic=interrupted, time=time.time))
         for number in range(5000):
             count(book, HITS, f"/{number}")
         assert next(born, None) is None

@@ -17,12 +17,14 @@ from typing import Any, Final
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom import cells, continued, ledger
-from consul_prom.continued import ContinuedRegistry
 from consul_prom.errors import LedgerError
-from consul_prom.ledger import Ledger
+from consul_prom.ledger import file as ledger_file
+from consul_prom.ledger import registry as ledger_registry
+from consul_prom.ledger import values as ledger_values
+from consul_prom.ledger.file import Ledger
+from consul_prom.ledger.registry import ContinuedRegistry
 
-OURS: Final = {module.__file__ for module in (cells, continued, ledger)}
+OURS: Final = {module.__file__ for module in (ledger_values, ledger_registry, ledger_file)}
 KILLED: Final = 9
 WHOLE: Final = 0
 SERIES: Final = ("old", "kept", "reborn", "new", "early", "reset")
@@ -33,7 +35,7 @@ TRIED, DONE, SHOWN = range(3)
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mapping of a size that is copied quickly."""
-    monkeypatch.setattr(ledger, "SIZE", 2**19)
+    monkeypatch.setattr(ledger_file, "SIZE", 2**19)
 
 
 class Tally:
@@ -184,7 +186,7 @@ def test_every_call_fails(tmp_path: Path, error: int, monkeypatch: pytest.Monkey
         shutil.copy(kept, path)
         failing = _Failing(number, error, lasts=lasts)
         with monkeypatch.context() as patch:
-            patch.setattr(ledger, "os", failing)
+            patch.setattr(ledger_file, "os", failing)
             try:
                 Ledger.take_over(path, boot="b", instance="web-1:0", now=1_000_000)
                 outcomes.add("whole")

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom import adoption, ledger, slots
-from consul_prom.adoption import Adoption
-from consul_prom.continued import ContinuedRegistry, last_page
-from consul_prom.ledger import KEEP, Ledger, ledger_path, read
-from consul_prom.slots import Slot
+from consul_prom.ledger import file as ledger_file
+from consul_prom.ledger.file import KEEP, Ledger, ledger_path, read
+from consul_prom.ledger.registry import ContinuedRegistry, last_page
+from consul_prom.slots import slots
+from consul_prom.slots.slots import Slot
+from consul_prom.worker import adoption
+from consul_prom.worker.adoption import Adoption
 
 MOST: Final = 3
 """Workers; while they are reloaded there are twice as many."""
@@ -404,6 +406,6 @@ class TestModel(Slots.TestCase):  # type: ignore[misc,valid-type]  # made by hyp
 
     @pytest.fixture(autouse=True)
     def _small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(ledger, "SIZE", 2**20)
+        monkeypatch.setattr(ledger_file, "SIZE", 2**20)
         monkeypatch.setattr(adoption, "GLANCE", 0.001)
         monkeypatch.setattr(slots, "PATIENCE", 2.0)

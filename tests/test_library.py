@@ -28,9 +28,9 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 Counter("hits", "-").inc()
 import consul_prom, consul_prom.gunicorn
-from consul_prom.cells import check_library
+from consul_prom.ledger.compat import check_library
 from consul_prom.errors import LedgerError
-from consul_prom.kinds import known
+from consul_prom.exposition.metric_types import known
 
 worker = consul_prom.Worker(request_metrics=False)
 worker.start()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from consul_prom.linger import Signals, await_scrape
+from consul_prom.process.signals import Signals
+from consul_prom.worker.drain import await_scrape
 
 
 class TestSignals:

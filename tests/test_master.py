@@ -9,10 +9,11 @@ from unittest.mock import Mock
 
 import pytest
 
-from consul_prom import slots
 from consul_prom.devagent import DevAgent, running
-from consul_prom.master import Master
-from consul_prom.tally import LOG, Masters, Tally
+from consul_prom.gunicorn.master import Master
+from consul_prom.gunicorn.stats import LOG, Tally
+from consul_prom.slots import slots
+from consul_prom.worker.master_page import Masters
 from tests.test_undertaker import leave_slot
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from prometheus_client import REGISTRY
 
-from consul_prom import snippets
 from consul_prom.devagent import DevAgent
-from consul_prom.settings import load
-from consul_prom.tally import Masters
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
+from consul_prom.worker.master_page import Masters
 from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
@@ -144,7 +144,7 @@ def test_pushgateway(agent: DevAgent, tmp_path: Path) -> None:
         thread.join()
     assert b"rows_total 1000.0" in Gateway.pushed[0]
     with Consul() as consul:
-        text = snippets.prometheus(load({"service": "nightly", "consul_http_addr": consul.url}, environ={}))
+        text = scrape_config.prometheus(load({"service": "nightly", "consul_http_addr": consul.url}, environ={}))
         with Prometheus(text.replace("refresh_interval: 5s", "refresh_interval: 1s"), flags=HASTY) as prometheus:
             python(f"{after}\njob()", consul, tmp_path)
             assert prometheus.query_value('max_over_time(rows_total{job="nightly"}[1m])') == 1000

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from consul_prom.consul.registrar import Registrar
+from consul_prom.consul.registration import MARKER, Registration, check_difference, difference, is_ours
 from consul_prom.devagent import definition, documents
 from consul_prom.devagent.documents import Node
 from consul_prom.devagent.state import State
 from consul_prom.errors import AgentBusy, AgentDenied, AgentError, AgentFailed, AgentTimeout, AgentUnreachable
-from consul_prom.registrar import Registrar
-from consul_prom.registration import MARKER, Registration, check_difference, difference, is_ours
 
 ID = "shop.web-1.0"
 NODE = Node("node", "127.0.0.1")

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import bcrypt
 import pytest
 
-from consul_prom import passwords as module
 from consul_prom.errors import EndpointError
-from consul_prom.passwords import Passwords
+from consul_prom.server import basic_auth as module
+from consul_prom.server.basic_auth import Passwords
 from tests.services.waiting import eventually
 
 HASH = bcrypt.hashpw(b"hunter2", bcrypt.gensalt(4)).decode()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from consul_prom.quoting import quote
+from consul_prom.consul.quoting import quote
 
 
 @pytest.mark.parametrize(

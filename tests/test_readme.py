@@ -13,9 +13,12 @@ from click import Context, Group
 from prometheus_client import REGISTRY, Counter, generate_latest
 
 import consul_prom
-from consul_prom import cli, snippets
-from consul_prom.settings import load
-from consul_prom.tally import Masters, Tally
+from consul_prom.cli import main as cli_main
+from consul_prom.generate import scrape_config
+from consul_prom.generate.settings_table import settings_table
+from consul_prom.gunicorn.stats import Tally
+from consul_prom.settings.settings import load
+from consul_prom.worker.master_page import Masters
 from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
@@ -66,19 +69,19 @@ def test_first_screen() -> None:
 
 def test_snippet() -> None:
     """The scrape configuration is the one that the command prints."""
-    assert block("yaml") == snippets.prometheus(load({"service": "shop"}, environ={}))
+    assert block("yaml") == scrape_config.prometheus(load({"service": "shop"}, environ={}))
 
 
 def test_settings() -> None:
     """The table of the settings is the code's."""
-    assert snippets.settings_table() in README
+    assert settings_table() in README
 
 
 def test_commands() -> None:
     """Every command of the table exists, and every command that exists is in the table."""
     rows = re.findall(r"^\| (`consul-prom.*?) \|", README, re.MULTILINE)
     mentioned = {name for row in rows for name in re.findall(r"`(?:consul-prom )?([a-z ]+)`", row)}
-    assert mentioned == set(_leaves(cli.commands))
+    assert mentioned == set(_leaves(cli_main.commands))
 
 
 def test_two_commands() -> None:
@@ -133,7 +136,7 @@ def test_queries(queries: list[str]) -> None:
             workers=2, settings={"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}, options=hooks
         ) as shop,
     ):
-        scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+        scrape = scrape_config.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
         with Prometheus(scrape) as prometheus:
 
             def all_answer() -> bool:

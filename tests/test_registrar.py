@@ -14,7 +14,9 @@ from consul.base import Response
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consul_prom.client import AgentClient, _Groups
+from consul_prom.consul.client import AgentClient, _Groups
+from consul_prom.consul.registrar import MOST_REPAIRS, TURN, Registrar, backoff
+from consul_prom.consul.registration import MARKER, Registration
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import (
     AgentBusy,
@@ -25,9 +27,7 @@ from consul_prom.errors import (
     EntryTaken,
     SlotError,
 )
-from consul_prom.registrar import MOST_REPAIRS, TURN, Registrar, backoff
-from consul_prom.registration import MARKER, Registration
-from consul_prom.settings import TAG, load
+from consul_prom.settings.settings import TAG, load
 from tests.services.consul import Consul
 from tests.services.waiting import eventually
 
@@ -315,7 +315,7 @@ class TestRun:
         self, agent: DevAgent, client: AgentClient, run: Callable[[Registrar], Any], caplog: pytest.LogCaptureFixture
     ) -> None:
         """An outage is one WARNING, and one more when it is over; the reason's change is one more."""
-        caplog.set_level(logging.INFO, "consul_prom.registrar")
+        caplog.set_level(logging.INFO, "consul_prom.consul.registrar")
         failures = list[str]()
         registrar = Registrar(client, WANTED, sleep=_soon, on_failure=failures.append)
         agent.fault = Fault(status=500, body="No cluster leader")
@@ -334,7 +334,7 @@ class TestRun:
         self, agent: DevAgent, client: AgentClient, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An outage of an hour is said once in ten minutes."""
-        caplog.set_level(logging.INFO, "consul_prom.registrar")
+        caplog.set_level(logging.INFO, "consul_prom.consul.registrar")
         clock = Ticks()
         agent.fault = Fault(status=500, body="No cluster leader")
         registrar = Registrar(client, WANTED, sleep=clock.pass_by, clock=clock.now, random=lambda: 0.5)
@@ -631,7 +631,7 @@ class TestOnRealConsul:
         self, real: AgentClient, caplog: pytest.LogCaptureFixture, changes: dict[str, Any], field: str
     ) -> None:
         """A changed check, which the blocking read does not see, is found by the next turn, and named."""
-        caplog.set_level(logging.INFO, "consul_prom.registrar")
+        caplog.set_level(logging.INFO, "consul_prom.consul.registrar")
         registrar = Registrar(real, WANTED)
         await registrar.sync()
         await real.register(registration(**changes).document())
@@ -651,7 +651,7 @@ class TestOnRealConsul:
 
     async def test_no_check(self, consul: Consul, real: AgentClient, caplog: pytest.LogCaptureFixture) -> None:
         """A check that was removed comes back."""
-        caplog.set_level(logging.INFO, "consul_prom.registrar")
+        caplog.set_level(logging.INFO, "consul_prom.consul.registrar")
         registrar = Registrar(real, WANTED)
         await registrar.sync()
         assert consul.call(f"/v1/agent/check/deregister/service:{WANTED.id}", method="PUT")[0] == 200

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from consul_prom.devagent.durations import parse as parse_go_duration
-from consul_prom.devagent.durations import text_of as go_prints
-from consul_prom.registration import (
+from consul_prom.consul.registration import (
     HEALTH_PATH,
     MARKER,
     EntryID,
@@ -27,9 +25,12 @@ from consul_prom.registration import (
     origin,
     parse_entry_id,
 )
-from consul_prom.settings import load
-from consul_prom.slots import MASTER, Slot, acquire, process_identity
-from consul_prom.values import MANAGED_META
+from consul_prom.devagent.durations import parse as parse_go_duration
+from consul_prom.devagent.durations import text_of as go_prints
+from consul_prom.process.identity import process_identity
+from consul_prom.settings.parsers import MANAGED_META
+from consul_prom.settings.settings import load
+from consul_prom.slots.slots import MASTER, Slot, acquire
 from tests.conftest import MakeSettings
 
 SERVICES = st.from_regex(r"[a-z][a-z0-9-]{0,54}", fullmatch=True)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
-from consul_prom.requests import CANCELLED, METHODS, RequestMetrics, install
+from consul_prom.http_metrics.request_metrics import CANCELLED, METHODS, RequestMetrics, install
 from tests.pages import render
 
 NAMES = ["http_requests", "http_request_duration_seconds", "http_requests_in_progress"]
@@ -159,7 +159,7 @@ class TestRegistry:
         assert _families(registry) == {name}
         assert registry.get_sample_value(name) == 7
         (record,) = caplog.records
-        assert (record.name, record.levelname) == ("consul_prom.requests", "WARNING")
+        assert (record.name, record.levelname) == ("consul_prom.http_metrics.request_metrics", "WARNING")
         assert "request metrics are off" in record.message
         assert "CONSUL_PROM_REQUEST_METRICS=false" in record.message
 

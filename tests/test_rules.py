@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 import pytest
 import yaml
 
-from consul_prom import rules
 from consul_prom.errors import SettingsError
-from consul_prom.rules import ALERTS
-from consul_prom.settings import Settings, load
+from consul_prom.generate import rules
+from consul_prom.generate.rules import ALERTS
+from consul_prom.settings.settings import Settings, load
 from tests.services.prometheus import PromtoolRefusal, promtool_check_rules, promtool_test_rules
 
 MakeSettings = Callable[..., Settings]

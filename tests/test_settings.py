@@ -15,16 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consul_prom.errors import SettingsError
-from consul_prom.settings import (
-    ROWS,
-    Arguments,
-    Settings,
-    check_worker,
-    child_environment,
-    load,
+from consul_prom.settings.parsers import (
+    MANAGED_META,
+    AgentAddress,
+    Ports,
+    Secret,
+    parse_bool,
+    parse_duration,
+    parse_list,
 )
-from consul_prom.slots import MASTER
-from consul_prom.values import MANAGED_META, AgentAddress, Ports, Secret, parse_bool, parse_duration, parse_list
+from consul_prom.settings.settings import ROWS, Arguments, Settings, check_worker, child_environment, load
+from consul_prom.slots.slots import MASTER
 
 BY_NAME = {row.name: row for row in ROWS}
 

@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 
-from consul_prom import slots
 from consul_prom.errors import SlotError
-from consul_prom.slots import acquire, directory_id, process_identity, try_slot
+from consul_prom.process.identity import process_age, process_identity
+from consul_prom.slots import slots
+from consul_prom.slots.directory import directory_id
+from consul_prom.slots.slots import acquire, try_slot
 from tests import ROOT
 from tests.services.waiting import wait_until
 
@@ -31,7 +33,7 @@ DEADLINE = 20.0
 @contextmanager
 def _program(code: str, *arguments: object) -> "Iterator[subprocess.Popen[str]]":
     """A Python program of our own, given two pipes; gone at the end."""
-    prologue = "import os, sys\nfrom pathlib import Path\nfrom consul_prom import slots\n"
+    prologue = "import os, sys\nfrom pathlib import Path\nfrom consul_prom.slots import slots\n"
     program = subprocess.Popen(
         [sys.executable, "-c", prologue + code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -609,11 +611,11 @@ class TestProcessIdentity:
         """An identity tells for how long its process has lived."""
         with subprocess.Popen(["sleep", "60"]) as process:
             identity = process_identity(process.pid)
-            before = slots.process_age(identity)
+            before = process_age(identity)
             time.sleep(0.05)
-            assert before < slots.process_age(identity) < slots.process_age(process_identity(os.getpid()))
+            assert before < process_age(identity) < process_age(process_identity(os.getpid()))
             process.kill()
-        assert slots.process_age(None) == slots.process_age("a.b.c") == 0
+        assert process_age(None) == process_age("a.b.c") == 0
 
     def test_of_two_processes(self) -> None:
         """Two processes of one boot differ in nothing but the start."""

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from consul_prom import snippets
 from consul_prom.devagent import running
 from consul_prom.errors import SettingsError
-from consul_prom.settings import ROWS, Settings, load
+from consul_prom.generate import scrape_config
+from consul_prom.generate.settings_table import settings_table
+from consul_prom.settings.settings import ROWS, Settings, load
 from tests.services.prometheus import Prometheus, promtool_check_config
 from tests.services.waiting import wait_until
 from tests.workers import Workers
@@ -21,7 +22,7 @@ MakeSettings = Callable[..., Settings]
 
 def parsed(settings: Settings, *, all_services: bool = False) -> dict[str, Any]:
     """The one scrape configuration, after promtool has read it."""
-    text = snippets.prometheus(settings, all_services=all_services)
+    text = scrape_config.prometheus(settings, all_services=all_services)
     promtool_check_config(text)
     (config,) = yaml.safe_load(text)["scrape_configs"]
     (config["consul"],) = config.pop("consul_sd_configs")
@@ -51,7 +52,7 @@ def test_all_services(settings: MakeSettings) -> None:
 def test_no_service() -> None:
     """Without a service there is no configuration for one."""
     with pytest.raises(SettingsError, match="no service name"):
-        snippets.prometheus(load({}, environ={}))
+        scrape_config.prometheus(load({}, environ={}))
 
 
 def test_registered_name(settings: MakeSettings) -> None:
@@ -86,7 +87,7 @@ def test_agent_address(settings: MakeSettings, address: str, expected: dict[str,
 
 def test_unix_socket_is_explained(settings: MakeSettings) -> None:
     """Who has a unix socket is told to name an address."""
-    assert "unix socket" in snippets.prometheus(settings(consul_http_addr="unix:///run/consul.sock"))
+    assert "unix socket" in scrape_config.prometheus(settings(consul_http_addr="unix:///run/consul.sock"))
 
 
 def test_namespace_and_partition(settings: MakeSettings) -> None:
@@ -105,7 +106,7 @@ def test_token_file(settings: MakeSettings, tmp_path: Path) -> None:
 
 def test_no_secret(settings: MakeSettings) -> None:
     """A token is not shown, but where to put one is; taken at its word, that is right too."""
-    text = snippets.prometheus(settings(consul_http_token="hunter2", consul_http_auth="user:hunter2"))
+    text = scrape_config.prometheus(settings(consul_http_token="hunter2", consul_http_auth="user:hunter2"))
     assert "hunter2" not in text
     assert "http_headers" not in yaml.safe_load(text)["scrape_configs"][0]["consul_sd_configs"][0]
     uncommented = re.sub(r"^        # (http_headers:|  .*)$", r"        \1", text, flags=re.MULTILINE)
@@ -116,7 +117,7 @@ def test_no_secret(settings: MakeSettings) -> None:
 
 def test_datacenter(settings: MakeSettings) -> None:
     """Another datacenter than the agent's is named."""
-    text = snippets.prometheus(settings(), datacenter="dc-2")
+    text = scrape_config.prometheus(settings(), datacenter="dc-2")
     promtool_check_config(text)
     assert yaml.safe_load(text)["scrape_configs"][0]["consul_sd_configs"][0]["datacenter"] == "dc-2"
     assert "datacenter" not in parsed(settings())["consul"]
@@ -124,13 +125,13 @@ def test_datacenter(settings: MakeSettings) -> None:
 
 def test_guarded_port(settings: MakeSettings) -> None:
     """What a worker's web-config file asks of Prometheus is told; taken at its word, that is right too."""
-    text = snippets.prometheus(settings(web_config="/etc/shop/web.yml"))
+    text = scrape_config.prometheus(settings(web_config="/etc/shop/web.yml"))
     assert "tls_config" not in yaml.safe_load(text)["scrape_configs"][0]
     uncommented = re.sub(r"^    # (tls_config:|basic_auth:|  .*)$", r"    \1", text, flags=re.MULTILINE)
     config = yaml.safe_load(uncommented)["scrape_configs"][0]
     assert config["tls_config"] == {"ca_file": "/etc/prometheus/workers-ca.pem"}
     assert config["basic_auth"]["username"] == "prometheus"
-    assert "basic_auth" not in snippets.prometheus(settings())
+    assert "basic_auth" not in scrape_config.prometheus(settings())
 
 
 def test_tls(settings: MakeSettings, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_tls(settings: MakeSettings, tmp_path: Path) -> None:
         (tmp_path / name).touch()
     ca, cert, key = (str(tmp_path / name) for name in names)
     tls = {"consul_cacert": ca, "consul_client_cert": cert, "consul_client_key": key, "consul_tls_server_name": "x.y"}
-    text = snippets.prometheus(settings(consul_http_addr="https://c:8501", consul_http_ssl_verify="false", **tls))
+    text = scrape_config.prometheus(settings(consul_http_addr="https://c:8501", consul_http_ssl_verify="false", **tls))
     assert yaml.safe_load(text)["scrape_configs"][0]["consul_sd_configs"][0]["tls_config"] == {
         "ca_file": ca,
         "cert_file": cert,
@@ -148,14 +149,14 @@ def test_tls(settings: MakeSettings, tmp_path: Path) -> None:
         "server_name": "x.y",
         "insecure_skip_verify": True,
     }
-    assert "tls_config" not in snippets.prometheus(settings(consul_http_addr="http://c:8501", **tls))
+    assert "tls_config" not in scrape_config.prometheus(settings(consul_http_addr="http://c:8501", **tls))
     assert parsed(settings(consul_http_addr="c:8501", consul_http_ssl="true"))["consul"]["scheme"] == "https"
 
 
 def test_every_service_is_its_own_job(slot_directory: Path) -> None:
     """A real Prometheus with nothing but the snippet sees each worker of each service, by the right names."""
     with running() as agent:
-        text = snippets.prometheus(load({"consul_http_addr": agent.url}, environ={}), all_services=True)
+        text = scrape_config.prometheus(load({"consul_http_addr": agent.url}, environ={}), all_services=True)
         workers = Workers(agent, slot_directory)
         try:
             workers.start()
@@ -175,7 +176,7 @@ def up(prometheus: Prometheus) -> list[tuple[str, str]]:
 
 def test_settings_table() -> None:
     """The table has a line for each setting, in order, with a cell for each column."""
-    head, rule, *lines = snippets.settings_table().splitlines()
+    head, rule, *lines = settings_table().splitlines()
     assert head == "| Variable | Type | Default | Meaning |"
     assert rule == "|---|---|---|---|"
     cells = [line.strip("|").split("|") for line in lines]
@@ -185,7 +186,7 @@ def test_settings_table() -> None:
 
 def test_settings_table_shows_defaults() -> None:
     """A default is shown as one would write it, one that depends on the machine in words, and no HTML comes of it."""
-    table = snippets.settings_table()
+    table = settings_table()
     assert "| `CONSUL_PROM_PORT` | port(s) | `0` |" in table
     assert "| `CONSUL_PROM_CONSUL_SERVICE` | name | `<service>-metrics` |" in table
     assert "| `CONSUL_PROM_HOST` | name | the host name |" in table

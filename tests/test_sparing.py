@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from consul_prom.sparing import HOUR, MOST_FAILURES, MOST_LINES, REPEAT, SparingLog, first_time
+from consul_prom.logs import HOUR, MOST_FAILURES, MOST_LINES, REPEAT, SparingLog, first_time
 from tests.conftest import Clock
 from tests.workers import PACKAGE
 
@@ -86,9 +86,9 @@ def test_the_caller_is_named(sparing: SparingLog, caplog: pytest.LogCaptureFixtu
 
 TROUBLE = """
 import logging
-from consul_prom.sparing import SparingLog
+from consul_prom.logs import SparingLog
 {set_up}
-sparing = SparingLog(logging.getLogger("consul_prom.registrar"))
+sparing = SparingLog(logging.getLogger("consul_prom.consul.registrar"))
 sparing.failed("it is %s", "down")
 sparing.over("it is up")
 """
@@ -105,7 +105,7 @@ def logged(set_up: str) -> list[str]:
 def test_nobody_configured_logging() -> None:
     """Without any configuration a line has time, process, level and logger, and the recovery is the last one."""
     down, up = logged("")
-    head = r"\[20\d\d-\S+ \S+\] \[\d+\] \[WARNING\] consul_prom\.registrar: "
+    head = r"\[20\d\d-\S+ \S+\] \[\d+\] \[WARNING\] consul_prom\.consul\.registrar: "
     assert re.fullmatch(f"{head}it is down", down)
     assert re.fullmatch(f"{head}it is up", up)
 
@@ -119,7 +119,7 @@ def handler(logger: str) -> str:
     )
 
 
-@pytest.mark.parametrize("logger", ["", "consul_prom", "consul_prom.registrar", "gunicorn.error"])
+@pytest.mark.parametrize("logger", ["", "consul_prom", "consul_prom.consul.registrar", "gunicorn.error"])
 def test_somebody_configured_logging(logger: str) -> None:
     """With a handler of the application's, or Gunicorn's, each line is logged once and in its format."""
     assert logged(handler(logger)) == ["mine: it is down", "mine: it is up"]

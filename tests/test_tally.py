@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from consul_prom import slots
-from consul_prom.tally import LogLines, Masters, Tally
+from consul_prom.gunicorn.stats import LogLines, Tally
+from consul_prom.process.identity import process_identity
+from consul_prom.worker.master_page import Masters
 from tests.forking import in_child
 
 
@@ -138,7 +139,7 @@ def test_two_masters(slot_directory: Path) -> None:
 def test_dead_master(slot_directory: Path) -> None:
     """What a dead master wrote is not on the page, and the next has its number."""
     process = subprocess.Popen(["sleep", "60"])
-    identity = slots.process_identity(process.pid)
+    identity = process_identity(process.pid)
     written: dict[str, Any] = {"pid": process.pid, "proc": identity, "wanted": 3, "alive": 3, "exits": [], "lines": {}}
     (slot_directory / "shop.master.0").write_text(json.dumps(written))
     masters = Masters(slot_directory, "shop")
@@ -212,7 +213,7 @@ def test_log_lines_of_a_worker(registry: CollectorRegistry) -> None:
 def test_counted_by_masters(slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What masters have counted themselves is on their page, told apart by master; what is 0 is not."""
     registry = CollectorRegistry()
-    monkeypatch.setattr("consul_prom.tally.REGISTRY", registry)
+    monkeypatch.setattr("consul_prom.gunicorn.stats.REGISTRY", registry)
     hits = Counter("hits", "Hits.", ["route"], registry=registry)
     Counter("unused", "-", registry=registry)
     Gauge("size", "-", registry=registry).set(3)

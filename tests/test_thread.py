@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from consul_prom import thread as module
 from consul_prom.errors import EndpointError
-from consul_prom.thread import MetricsThread
+from consul_prom.process import metrics_thread as module
+from consul_prom.process.metrics_thread import MetricsThread
 from tests import ROOT
 from tests.services.waiting import wait_until
 
@@ -196,7 +196,7 @@ class TestThread:
         """A process that never stops its thread ends all the same."""
         code = """
 import asyncio
-from consul_prom.thread import MetricsThread
+from consul_prom.process.metrics_thread import MetricsThread
 thread = MetricsThread()
 thread.start()
 thread.spawn(asyncio.sleep(3600))
@@ -213,7 +213,7 @@ thread.spawn(asyncio.sleep(3600))
 from gevent import monkey
 monkey.patch_all()
 import os
-from consul_prom.thread import MetricsThread
+from consul_prom.process.metrics_thread import MetricsThread
 thread = MetricsThread()
 thread.start()
 descriptors = thread.descriptors()

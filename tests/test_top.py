@@ -20,10 +20,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from consul_prom import cli, top
-from consul_prom.client import AgentClient
-from consul_prom.settings import load
-from consul_prom.top import HEAD, Page, Reading, Target, Track, line, ordered, parse, quantile, sparkline, total
+from consul_prom.cli import main as cli_main
+from consul_prom.cli import top
+from consul_prom.cli.top import HEAD, Page, Reading, Target, Track, line, ordered, parse, quantile, sparkline, total
+from consul_prom.consul.client import AgentClient
+from consul_prom.settings.settings import load
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until
@@ -232,7 +233,7 @@ def test_real_workers(shop: Any, tmp_path: Path) -> None:
     environ = {"CONSUL_HTTP_ADDR": consul.url, "CONSUL_PROM_SERVICE": "shop"}
 
     def run(*arguments: str) -> Any:
-        return CliRunner().invoke(cli.commands, ("top", *arguments), env=environ)
+        return CliRunner().invoke(cli_main.commands, ("top", *arguments), env=environ)
 
     server.get("/fire")
     result = run("--once", "--sort=requests")
@@ -287,7 +288,7 @@ def live_in_a_terminal(environ: dict[str, str], number: signal.Signals) -> None:
 
 def test_needs_a_service() -> None:
     """Without a service there is nothing to show."""
-    result = CliRunner().invoke(cli.commands, ("top", "--once"), env={"CONSUL_PROM_SERVICE": None})
+    result = CliRunner().invoke(cli_main.commands, ("top", "--once"), env={"CONSUL_PROM_SERVICE": None})
     assert result.exit_code == 2
     assert "no service name" in result.stderr
 

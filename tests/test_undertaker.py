@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from consul_prom import slots
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout
-from consul_prom.settings import Settings, load
-from consul_prom.undertaker import BUDGET, OFF, Undertaker
+from consul_prom.gunicorn.reaper import BUDGET, OFF, Undertaker
+from consul_prom.process.identity import process_identity
+from consul_prom.settings.settings import Settings, load
+from consul_prom.slots import slots
 from tests.conftest import MakeSettings
 from tests.services.waiting import wait_until
 from tests.workers import Workers, meta, put
@@ -33,7 +34,7 @@ def leave_slot(directory: Path, agent: DevAgent, *, hosts: str = "", dir_: str =
     """A slot and an entry as a killed worker leaves them; its pid."""
     process = subprocess.Popen(["sleep", "60"])
     slot = slots.acquire(directory, "shop")
-    note = f"{process.pid} {slots.process_identity(process.pid)} {hosts}"
+    note = f"{process.pid} {process_identity(process.pid)} {hosts}"
     process.kill()
     process.wait()
     slot.release()
@@ -142,7 +143,7 @@ def test_budget(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.Monke
         spent.append((clock.now, seconds))
         clock.now += seconds
 
-    monkeypatch.setattr("consul_prom.undertaker.service_now", ask)
+    monkeypatch.setattr("consul_prom.gunicorn.reaper.service_now", ask)
     for _ in range(100):
         pid = leave_slot(slot_directory, agent)
         undertaker.bury(pid)
@@ -160,7 +161,7 @@ def test_lets_an_agent_be(agent: DevAgent, slot_directory: Path, monkeypatch: py
         asked.append(clock.now)
         raise AgentTimeout("hangs")
 
-    monkeypatch.setattr("consul_prom.undertaker.service_now", ask)
+    monkeypatch.setattr("consul_prom.gunicorn.reaper.service_now", ask)
     undertaker = Undertaker(settings_of(agent, slot_directory), clock=clock, sleep=clock.sleep)
     pid = leave_slot(slot_directory, agent)
     for _ in range(60):
@@ -241,14 +242,14 @@ def test_denied(
     agent: DevAgent, slot_directory: Path, undertaker: Undertaker, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A refusal is a sentence, and the next that die are dealt with at once."""
-    caplog.set_level(logging.INFO, logger="consul_prom.undertaker")
+    caplog.set_level(logging.INFO, logger="consul_prom.gunicorn.reaper")
     pid = leave_slot(slot_directory, agent)
     agent.fault = Fault(status=403)
     for _ in range(3):
         undertaker.bury(pid)
     agent.fault = None
     undertaker.bury(pid)
-    said = [record.getMessage() for record in caplog.records if record.name == "consul_prom.undertaker"]
+    said = [record.getMessage() for record in caplog.records if record.name == "consul_prom.gunicorn.reaper"]
     assert [line.partition(" ")[2].partition(":")[0] for line in said] == [
         "of a dead worker is left to its siblings",
         "shop.web-1.0",
@@ -271,4 +272,4 @@ def test_no_directory(settings: MakeSettings, tmp_path: Path) -> None:
     undertaker = Undertaker(settings(dir=tmp_path / "none"))
     undertaker.bury(os.getpid())
     undertaker.bury_all()
-    assert not logging.getLogger("consul_prom.undertaker").handlers
+    assert not logging.getLogger("consul_prom.gunicorn.reaper").handlers

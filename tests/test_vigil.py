@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from consul_prom import vigil as module
 from consul_prom.devagent import running
-from consul_prom.vigil import Vigil
+from consul_prom.worker import scrape_watchdog as module
+from consul_prom.worker.scrape_watchdog import Vigil
 from tests.services.waiting import eventually, wait_until
 from tests.workers import PACKAGE
 
@@ -121,10 +121,10 @@ async def test_runs(scene: Scene, monkeypatch: pytest.MonkeyPatch, said: pytest.
 WORKER = """
 import logging, signal, sys, time
 import consul_prom
-from consul_prom import vigil
+from consul_prom.worker import scrape_watchdog
 
 logging.basicConfig(format="%(levelname)s %(message)s")
-vigil.ROUND, vigil.UNKNOWN, vigil.LEAST = 0.05, 0.3, 0.3
+scrape_watchdog.ROUND, scrape_watchdog.UNKNOWN, scrape_watchdog.LEAST = 0.05, 0.3, 0.3
 with consul_prom.running(service="shop", host="web-1", linger=0) as worker:
     while worker.url is None:
         time.sleep(0.01)

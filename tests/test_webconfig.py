@@ -22,9 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from consul_prom import webconfig as module
 from consul_prom.errors import EndpointError
-from consul_prom.webconfig import WebConfig
+from consul_prom.server import web_config as module
+from consul_prom.server.web_config import WebConfig
 from tests.services.waiting import wait_until
 
 HASH = bcrypt.hashpw(b"hunter2", b"$2b$04$" + b"." * 22).decode()  # the same in each process: it is in names of tests
@@ -211,7 +211,7 @@ class TestRefusals:
         (files / "web.yml").write_text("")
         code = (
             f"import sys; sys.modules[{library!r}] = None\n"
-            "from consul_prom.webconfig import WebConfig\n"
+            "from consul_prom.server.web_config import WebConfig\n"
             f"WebConfig({str(files / 'web.yml')!r})"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)

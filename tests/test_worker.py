@@ -28,15 +28,17 @@ from prometheus_client.registry import Collector
 from prometheus_client.values import MutexValue
 
 import consul_prom
-from consul_prom import slots
-from consul_prom.address import route_address
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
-from consul_prom.ledger import Ledger
-from consul_prom.life import Life
-from consul_prom.tally import Tally
-from consul_prom.thread import FORKING
-from consul_prom.worker import Worker
+from consul_prom.gunicorn.stats import Tally
+from consul_prom.ledger.file import Ledger
+from consul_prom.process.fork import FORKING
+from consul_prom.server.bind import route_address
+from consul_prom.slots import directory as slot_directories
+from consul_prom.slots import slots
+from consul_prom.slots.directory import prepare
+from consul_prom.worker.runtime import Life
+from consul_prom.worker.worker import Worker
 from tests.services.program import own_address
 from tests.services.waiting import wait_until
 
@@ -218,7 +220,7 @@ class TestLinger:
         self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A worker that no signal ends does not wait; what nobody has scraped is said in one line, and saved."""
-        monkeypatch.setattr("consul_prom.life.await_scrape", lambda *_, **__: pytest.fail("it waits"))
+        monkeypatch.setattr("consul_prom.worker.runtime.await_scrape", lambda *_, **__: pytest.fail("it waits"))
         worker = make(address="127.0.0.1", linger=600)
         worker.start()
         registered(worker)
@@ -261,7 +263,7 @@ class TestLinger:
         def press(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("consul_prom.life.await_scrape", press)
+        monkeypatch.setattr("consul_prom.worker.runtime.await_scrape", press)
         worker = make(address="127.0.0.1")
         worker.start()
         registered(worker)
@@ -363,8 +365,8 @@ class TestAddress:
         self, agent: DevAgent, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """With neither, the worker waits for the agent, says so once, and never takes loopback by itself."""
-        monkeypatch.setattr("consul_prom.address.route_address", lambda: None)
-        monkeypatch.setattr("consul_prom.address.ASK_AGENT", 0.1)
+        monkeypatch.setattr("consul_prom.server.bind.route_address", lambda: None)
+        monkeypatch.setattr("consul_prom.server.bind.ASK_AGENT", 0.1)
         agent.fault = Fault(path="/v1/agent/self", status=500)
         worker = make()
         worker.start()
@@ -430,7 +432,7 @@ class TestPassingTrouble:
         def full(_directory: Path) -> str:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(slots, "_new_id", full)
+        monkeypatch.setattr(slot_directories, "_new_id", full)
         registry = CollectorRegistry()
         worker, hits = make(registry=registry), Counter("hits", "-", registry=registry)
         words = f"CONSUL_PROM_DIR={str(directory)!r} cannot be used: No space left on device"
@@ -495,7 +497,7 @@ class TestPassingTrouble:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         """A worker stays registered while its directory cannot be read: it holds its lock, and loses no count."""
-        monkeypatch.setattr("consul_prom.registrar.TURN", 0.05)
+        monkeypatch.setattr("consul_prom.consul.registrar.TURN", 0.05)
         worker = make(address="127.0.0.1")
         worker.start()
         registered(worker)
@@ -516,7 +518,7 @@ class TestPassingTrouble:
         self, make: Make, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A worker whose directory was replaced by one that cannot be used takes a slot as soon as it can be."""
-        monkeypatch.setattr("consul_prom.registrar.TURN", 0.05)
+        monkeypatch.setattr("consul_prom.consul.registrar.TURN", 0.05)
         worker = make(address="127.0.0.1")
         worker.start()
         registered(worker)
@@ -592,7 +594,7 @@ class TestTrouble:
         self, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """What nobody thought of in the metrics thread gives all up there too; the traceback is in the log."""
-        monkeypatch.delattr("consul_prom.life.find_address")
+        monkeypatch.delattr("consul_prom.worker.runtime.find_address")
         worker = make()
         worker.start()
         wait_until(lambda: worker._life and worker._life.failure, within=10, what="the failure")
@@ -713,7 +715,7 @@ class TestAgentTrouble:
         self, agent: DevAgent, make: Make, directory: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A stop with less time than STOP_TIMEOUT says of the master's entry too that it may be left."""
-        slots.prepare(directory)
+        prepare(directory)
         tally = Tally(directory, "shop")
         worker = make(stop_timeout=100)
         worker.start()
@@ -780,7 +782,7 @@ class TestAgentTrouble:
         self, agent: DevAgent, make: Make, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A worker whose directory is wiped while the agent does not answer is registered again when it does."""
-        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        monkeypatch.setattr("consul_prom.consul.registrar.TURN", 1)
         worker = make()
         worker.start()
         registered(worker)
@@ -832,7 +834,7 @@ class TestAgentTrouble:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         """A worker whose directory was wiped starts again in a new slot, at the same address."""
-        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        monkeypatch.setattr("consul_prom.consul.registrar.TURN", 1)
         worker = make()
         worker.start()
         registered(worker)
@@ -1178,7 +1180,7 @@ class TestLedger:
             raise EndpointError("there is no endpoint")
 
         with monkeypatch.context() as patch:
-            patch.setattr("consul_prom.life.Site.endpoint", none)
+            patch.setattr("consul_prom.worker.runtime.Site.endpoint", none)
             failed = make()
             failed.start()
             wait_until(lambda: failed._life and failed._life.failure, within=10, what="a failure")
@@ -1245,7 +1247,7 @@ class TestLedger:
         self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An error that nobody expected does the same."""
-        monkeypatch.setattr("consul_prom.life.ContinuedRegistry", lambda *_: 1 / 0)
+        monkeypatch.setattr("consul_prom.worker.runtime.ContinuedRegistry", lambda *_: 1 / 0)
         worker = make(address="127.0.0.1")
         worker.start()
         hits.labels("/").inc()
@@ -1264,7 +1266,7 @@ class TestLedger:
     ) -> None:
         """Where the directory is wiped, a worker counts on in memory, and its slot's next worker starts anew."""
         caplog.set_level(logging.INFO)
-        monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+        monkeypatch.setattr("consul_prom.consul.registrar.TURN", 1)
         worker = make(address="127.0.0.1")
         worker.start()
         registered(worker)

@@ -15,7 +15,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 import consul_prom
 from consul_prom.errors import SettingsError
-from consul_prom.requests import RequestMetrics, install
+from consul_prom.http_metrics.request_metrics import RequestMetrics, install
 from consul_prom.wsgi import instrument
 from tests.e2e import django_app
 
@@ -470,7 +470,7 @@ class TestInstrument:
             time.sleep(0.1)  # so that all the others come meanwhile
             return install(registry)
 
-        monkeypatch.setattr("consul_prom.requests.install", slowly)
+        monkeypatch.setattr("consul_prom.http_metrics.request_metrics.install", slowly)
 
         def ask() -> None:
             together.wait(10)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from consul_prom.worker import Worker
+from consul_prom.worker.worker import Worker
 from tests.services.consul import Consul
 
 ANONYMOUS = "00000000-0000-0000-0000-000000000002"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from consul_prom.worker import Worker
+from consul_prom.worker.worker import Worker
 from tests.acl.access import Access, Make
 
 
@@ -37,7 +37,7 @@ def token_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(slot_directory: Path, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Workers of the service shop that look each second, and that are stopped in the end."""
-    monkeypatch.setattr("consul_prom.registrar.TURN", 1)
+    monkeypatch.setattr("consul_prom.consul.registrar.TURN", 1)
     made: list[Worker] = []
 
     def make(access: Access, **arguments: Any) -> Worker:

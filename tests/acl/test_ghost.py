@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from consul_prom.client import AgentClient
-from consul_prom.registrar import Registrar
-from consul_prom.settings import load
-from consul_prom.snippets import write_rule
+from consul_prom.consul.acl import write_rule
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registrar import Registrar
+from consul_prom.settings.settings import load
 from tests.acl.access import Access, Make
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until

@@ -8,11 +8,14 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from consul_prom import cli, snippets
-from consul_prom.client import AgentClient
+from consul_prom.cli import main as cli_main
+from consul_prom.consul.acl import write_rule
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registrar import Registrar
 from consul_prom.errors import SettingsError
-from consul_prom.registrar import Registrar
-from consul_prom.settings import Settings, load
+from consul_prom.generate import scrape_config
+from consul_prom.generate.acl import acl
+from consul_prom.settings.settings import Settings, load
 from tests.acl.access import Access, Make, replace
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import eventually, wait_until
@@ -23,7 +26,7 @@ AGENT_READ = 'agent_prefix "" { policy = "read" }'
 
 def policies(service: str = "shop") -> dict[str, str]:
     """What the command prints, by the first words of each part's title; comments stay."""
-    done = CliRunner().invoke(cli.commands, ["config", "acl", "--service", service])
+    done = CliRunner().invoke(cli_main.commands, ["config", "acl", "--service", service])
     assert done.exit_code == 0, done.output
     _, *parts = done.output.split("# ==== ")
     return {re.split(r"[:\n]", part)[0]: f"# {part}" for part in parts}
@@ -35,17 +38,17 @@ def rules(text: str) -> list[str]:
 
 def test_text(settings: Callable[..., Settings]) -> None:
     """The name registered in Consul is in all rules about a service, and the printed text is the library's."""
-    text = snippets.acl(settings(consul_service="shop-workers"))
+    text = acl(settings(consul_service="shop-workers"))
     assert set(re.findall(r'^service "(.*?)"', text, re.MULTILINE)) == {"shop-workers"}
     assert list(policies()) == ["The workers", "The commands", "Prometheus", "Every agent"]
-    assert rules(policies()["The workers"]) == [snippets.write_rule("shop-metrics")]
+    assert rules(policies()["The workers"]) == [write_rule("shop-metrics")]
 
 
 def test_no_service() -> None:
     """Without a service there are no rules for one."""
     with pytest.raises(SettingsError, match="no service name"):
-        snippets.acl(load({}, environ={}))
-    assert CliRunner().invoke(cli.commands, ["config", "acl"]).exit_code == 2
+        acl(load({}, environ={}))
+    assert CliRunner().invoke(cli_main.commands, ["config", "acl"]).exit_code == 2
 
 
 @pytest.mark.parametrize("optional", [False, True], ids=["least", "with agent:read"])
@@ -70,10 +73,10 @@ def test_commands(guarded: Access, make: Make) -> None:
     worker = make(guarded, consul_http_token=guarded.token(policies()["The workers"]))
     worker.start()
     wait_until(lambda: worker.registered, within=20, what="registered")
-    listed = CliRunner().invoke(cli.commands, ["list"], env=env)
+    listed = CliRunner().invoke(cli_main.commands, ["list"], env=env)
     assert "web-1:0" in listed.output
     assert "passing" in listed.output
-    removed = CliRunner().invoke(cli.commands, ["deregister", "--id", "shop.web-1.0"], env=env)
+    removed = CliRunner().invoke(cli_main.commands, ["deregister", "--id", "shop.web-1.0"], env=env)
     assert removed.exit_code == 0, removed.output
 
 
@@ -95,7 +98,7 @@ def test_prometheus(
         {"service": "shop", "consul_http_addr": guarded.consul.url, "consul_http_token_file": str(token_file)},
         environ={},
     )
-    config = yaml.safe_load(snippets.prometheus(settings))
+    config = yaml.safe_load(scrape_config.prometheus(settings))
     if datacenter:
         config["scrape_configs"][0]["consul_sd_configs"][0]["datacenter"] = datacenter
     with Prometheus(yaml.safe_dump(config)) as prometheus:

@@ -15,11 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from prometheus_client import CollectorRegistry
 
-from consul_prom import cli
-from consul_prom.address import route_address
-from consul_prom.settings import TAG
-from consul_prom.snippets import write_rule
-from consul_prom.worker import Worker
+from consul_prom.cli import main as cli_main
+from consul_prom.consul.acl import write_rule
+from consul_prom.server.bind import route_address
+from consul_prom.settings.settings import TAG
+from consul_prom.worker.worker import Worker
 from tests.acl.access import Access, Make, replace
 from tests.services.waiting import wait_until
 from tests.workers import PACKAGE, SCRIPT
@@ -44,7 +44,7 @@ def registered(worker: Worker, *, within: float = 20) -> None:
 
 def command(access: Access, token: str, *arguments: str) -> Result:
     env = {"CONSUL_HTTP_ADDR": access.consul.url, "CONSUL_HTTP_TOKEN": token, "CONSUL_PROM_HOST": "web-1"}
-    return CliRunner().invoke(cli.commands, arguments, env=env)
+    return CliRunner().invoke(cli_main.commands, arguments, env=env)
 
 
 def test_least_policy(guarded: Access, make: Make, caplog: pytest.LogCaptureFixture) -> None:

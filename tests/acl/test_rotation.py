@@ -10,12 +10,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from prometheus_client import CollectorRegistry
 
-from consul_prom.client import AgentClient
+from consul_prom.consul.acl import write_rule
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registrar import Registrar
+from consul_prom.consul.registration import Registration
 from consul_prom.errors import AgentDenied, AgentTimeout
-from consul_prom.registrar import Registrar
-from consul_prom.registration import Registration
-from consul_prom.settings import load
-from consul_prom.snippets import write_rule
+from consul_prom.settings.settings import load
 from tests.acl.access import Access, Make, replace
 from tests.services.waiting import eventually, wait_until
 from tests.test_registrar import registration

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client import CollectorRegistry
 
-from consul_prom import cli
-from consul_prom.client import AgentClient
+from consul_prom.cli import main as cli_main
+from consul_prom.consul.acl import write_rule
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.sync_client import deregister_now, remove_now, service_now
 from consul_prom.errors import AgentError, SettingsError
-from consul_prom.settings import load
-from consul_prom.snippets import write_rule
-from consul_prom.wire import deregister_now, remove_now, service_now
-from consul_prom.worker import Worker
+from consul_prom.settings.settings import load
+from consul_prom.worker.worker import Worker
 from tests.acl.access import Access, Make, replace
 from tests.services.echo import SHAPES, EchoingAgent
 from tests.services.gunicorn import Gunicorn
@@ -210,7 +210,7 @@ def test_echo_to_a_command(
     for shape in SHAPES.values():
         echo.shape = shape
         for given in ({"CONSUL_HTTP_TOKEN": TOKEN}, {"CONSUL_HTTP_TOKEN_FILE": str(token_file)}):
-            result = CliRunner().invoke(cli.commands, command, env={**env, **given})
+            result = CliRunner().invoke(cli_main.commands, command, env={**env, **given})
             assert not leaks([result.stdout, result.stderr, *_causes(result.exception)])
     assert any(TOKEN in head for head in echo.heads)
 

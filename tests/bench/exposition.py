@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.openmetrics.exposition import generate_latest
 
-from consul_prom.continued import ContinuedRegistry
-from consul_prom.exposition import Renderer
-from consul_prom.ledger import Ledger
+from consul_prom.exposition.renderer import Renderer
+from consul_prom.ledger.file import Ledger
+from consul_prom.ledger.registry import ContinuedRegistry
 
 ACCEPT = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8"
 LINES = 17  # of a histogram of the default buckets

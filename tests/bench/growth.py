@@ -10,8 +10,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from consul_prom.continued import ContinuedRegistry
-from consul_prom.ledger import Ledger, ledger_path
+from consul_prom.ledger.file import Ledger, ledger_path
+from consul_prom.ledger.registry import ContinuedRegistry
 
 
 def live(path: Path, life: int, sets: int) -> float:

@@ -23,13 +23,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from consul_prom.address import listen
-from consul_prom.continued import ContinuedRegistry
-from consul_prom.endpoint import Endpoint
-from consul_prom.exposition import Renderer
-from consul_prom.ledger import Ledger
-from consul_prom.scrape import Render
-from consul_prom.thread import MetricsThread
+from consul_prom.exposition.renderer import Renderer
+from consul_prom.ledger.file import Ledger
+from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.process.metrics_thread import MetricsThread
+from consul_prom.server.bind import listen
+from consul_prom.server.endpoint import Endpoint
+from consul_prom.server.metrics_handler import Render
 from tests.bench.exposition import ACCEPT, fill, library
 
 WAYS = ("no scrapes", "memory", "ledger", "generate_latest", "again none")

@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 from prometheus_client import CollectorRegistry
 
 from consul_prom import Worker
-from consul_prom.registrar import WATCHING_SLOTS
+from consul_prom.consul.registrar import WATCHING_SLOTS
 from tests.services.consul import Consul
 from tests.services.program import own_address
 from tests.services.waiting import wait_until

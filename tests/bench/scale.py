@@ -27,11 +27,11 @@ from typing import Any, Final, NamedTuple, Self
 
 from filelock import FileLock
 
-from consul_prom.client import AgentClient
-from consul_prom.registrar import WATCHING_SLOTS, Registrar
-from consul_prom.registration import build
-from consul_prom.settings import Settings, load
-from consul_prom.slots import Slot
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registrar import WATCHING_SLOTS, Registrar
+from consul_prom.consul.registration import build
+from consul_prom.settings.settings import Settings, load
+from consul_prom.slots.slots import Slot
 from tests.bench.rest import ROOT, Load, resident, spread
 from tests.services.consul import Consul
 

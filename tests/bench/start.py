@@ -18,9 +18,10 @@ from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
-from consul_prom import Worker, snippets
-from consul_prom.settings import load
-from consul_prom.slots import path_of
+from consul_prom import Worker
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
+from consul_prom.slots.slots import path_of
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import Prometheus
@@ -34,7 +35,7 @@ def main(rounds: int) -> None:
     """Print the figures."""
     registered, scraped = [], []
     with Consul() as consul, tempfile.TemporaryDirectory() as directory:
-        scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+        scrape = scrape_config.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
         with Prometheus(scrape):
             for _ in range(rounds):
                 seconds = _one(consul.url, f"{directory}/slots")

@@ -26,10 +26,10 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from consul_prom import snippets
-from consul_prom.client import AgentClient
-from consul_prom.registration import build
-from consul_prom.settings import load
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registration import build
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
 from tests.bench.rest import ROOT, Load, resident
 from tests.bench.scale import _slot
 from tests.services.consul import Consul
@@ -139,7 +139,7 @@ class _Monitor(Prometheus):
     def __init__(self, agent: str, rules: Path, seconds: float, flags: Sequence[str]) -> None:
         rule = {"record": RECORDED, "expr": QUERY}
         rules.write_text(yaml.safe_dump({"groups": [{"name": "shop", "rules": [rule]}]}), encoding="utf-8")
-        scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": agent}, environ={}))
+        scrape = scrape_config.prometheus(load({"service": "shop", "consul_http_addr": agent}, environ={}))
         config = {**yaml.safe_load(scrape), "rule_files": [str(rules)]}
         super().__init__(config, interval=f"{seconds:g}s", flags=flags)
 

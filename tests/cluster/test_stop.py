@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from prometheus_client import CollectorRegistry
 
-from consul_prom import cli
-from consul_prom.worker import Worker
+from consul_prom.cli import main as cli_main
+from consul_prom.worker.worker import Worker
 from tests.cluster.cluster import Cluster
 from tests.services.waiting import wait_until
 
@@ -115,7 +115,7 @@ def test_killed_agent(cluster: Cluster, workers: list[Worker], caplog: pytest.Lo
     cluster.agent.start()
     assert len(entries(cluster)) == 3
     env = {"CONSUL_HTTP_ADDR": cluster.agent.url, "CONSUL_PROM_HOST": "web-1"}
-    done = CliRunner().invoke(cli.commands, ["deregister", "--all"], env=env)
+    done = CliRunner().invoke(cli_main.commands, ["deregister", "--all"], env=env)
     assert done.exit_code == 0, done.output
     assert not entries(cluster)
     wait_until(lambda: not catalogue(cluster), within=100, what="gone from the catalogue")

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from consul_prom import snippets
-from consul_prom.registration import is_worker
-from consul_prom.settings import load
+from consul_prom.consul.registration import is_worker
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.prometheus import Prometheus
@@ -108,7 +108,7 @@ class Chaos:
             "CONSUL_PROM_DISABLED": str(not self.enabled).lower(),
         }
         self.shop = enter(Gunicorn(workers=WORKERS, settings=settings, options=[*self._hooks, "--timeout=60"]))
-        scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
+        scrape = scrape_config.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
         self.prometheus = enter(Prometheus(scrape))
         self.clients = Clients(self.shop)
         self.ends = Ends(self.shop)

@@ -90,8 +90,8 @@ class Watch:
         own, log = re.escape(self.entry_of[pid]), self._log()
         if re.search(rf"^{pid} consul_prom\.\w+: deregistered {own}$", log, re.MULTILINE):
             return "worker"
-        found = re.search(rf"^\d+ consul_prom\.(undertaker|caretaker): removed {own}:", log, re.MULTILINE)
-        return {"undertaker": "master", "caretaker": "caretaker"}[found[1]] if found else "successor"
+        found = re.search(rf"^\d+ consul_prom\.(gunicorn\.reaper|worker\.leader): removed {own}:", log, re.MULTILINE)
+        return {"gunicorn.reaper": "master", "worker.leader": "caretaker"}[found[1]] if found else "successor"
 
     def _log(self) -> str:
         return self.server.log.read_text(errors="replace")[self._log_from :]

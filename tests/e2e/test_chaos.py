@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from consul_prom.registration import is_worker
+from consul_prom.consul.registration import is_worker
 from tests.e2e.chaos import TOKEN, WORKERS, Chaos, Clients, Ends
 from tests.services.traces import told, written
 from tests.services.waiting import wait_until

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
-from consul_prom import cli, demo
+from consul_prom.cli import demo
+from consul_prom.cli import main as cli_main
 from consul_prom.devagent import running
 from consul_prom.errors import DemoError
 from tests.services.prometheus import promtool_check_config
@@ -206,7 +207,7 @@ def test_odd_machine(home: Home) -> None:
 
 
 def run() -> Result:
-    result = CliRunner().invoke(cli.commands, ["demo"])
+    result = CliRunner().invoke(cli_main.commands, ["demo"])
     assert isinstance(result.exception, SystemExit), result.exc_info
     return result
 

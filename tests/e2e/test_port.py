@@ -22,8 +22,8 @@ import pytest
 import trustme
 import yaml
 
-from consul_prom import snippets
-from consul_prom.settings import load
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
 from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
@@ -126,8 +126,8 @@ def was_checked(consul: Consul) -> bool:
     return bool(check["Output"]) and check["Status"] == "passing"
 
 
-def scrape_config(consul: Consul, **options: Any) -> dict[str, Any]:
-    text = snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+def scrape_config_of(consul: Consul, **options: Any) -> dict[str, Any]:
+    text = scrape_config.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
     config: dict[str, Any] = yaml.safe_load(text)
     config["scrape_configs"][0] |= options
     return config
@@ -149,11 +149,11 @@ def test_tls_and_password(consul: Consul, start: Start, certificates: Certificat
     _, entry = consul.call("/v1/agent/service/shop.web-1.0")
     assert entry["Meta"]["scheme"] == "https"
     options = {"tls_config": {"ca_file": certificates.ca}}
-    with Prometheus(scrape_config(consul, **options), flags=HASTY) as prometheus:
+    with Prometheus(scrape_config_of(consul, **options), flags=HASTY) as prometheus:
         wait_until(lambda: up(prometheus, 0), within=60, what="a scrape without a password")
         assert "401" in prometheus.targets()[0]["lastError"]
     options["basic_auth"] = {"username": "prometheus", "password": PASSWORD}
-    with Prometheus(scrape_config(consul, **options), flags=HASTY) as prometheus:
+    with Prometheus(scrape_config_of(consul, **options), flags=HASTY) as prometheus:
         wait_until(lambda: prometheus.query_value("answer") == 42, within=60, what="a scrape with a password")
         assert up(prometheus, 1)
         before, replaced_at = served_certificate(entry), time.time()
@@ -182,7 +182,7 @@ def test_guesses(consul: Consul, start: Start, source: str) -> None:
         thread.start()
     try:
         options = {"basic_auth": {"username": "prometheus", "password": PASSWORD}, "scrape_interval": "5s"}
-        with Prometheus(scrape_config(consul, **options, scrape_timeout="5s"), flags=HASTY) as prometheus:
+        with Prometheus(scrape_config_of(consul, **options, scrape_timeout="5s"), flags=HASTY) as prometheus:
             wait_until(lambda: up(prometheus, 1), within=60, what="a scrape")
             assert all(thread.is_alive() for thread in guesses)
     finally:
@@ -208,7 +208,7 @@ def test_hooks(consul: Consul, certificates: Certificates, tmp_path: Path) -> No
                 urllib.request.urlopen(f"https://127.0.0.1:{entry['Port']}/metrics", timeout=10, context=trusting)
         options = {"tls_config": {"ca_file": certificates.ca}}
         options["basic_auth"] = {"username": "prometheus", "password": PASSWORD}
-        with Prometheus(scrape_config(consul, **options), flags=HASTY) as prometheus:
+        with Prometheus(scrape_config_of(consul, **options), flags=HASTY) as prometheus:
             wait_until(
                 lambda: prometheus.query_value("gunicorn_workers") == 1, within=60, what="a scrape of the master's"
             )
@@ -233,9 +233,9 @@ def test_client_certificates(consul: Consul, start: Start, certificates: Certifi
     (check,) = checks(consul)
     assert check["Type"] == "tcp"
     tls = {"ca_file": certificates.ca}
-    with Prometheus(scrape_config(consul, tls_config=tls), flags=HASTY) as prometheus:
+    with Prometheus(scrape_config_of(consul, tls_config=tls), flags=HASTY) as prometheus:
         wait_until(lambda: up(prometheus, 0), within=60, what="a scrape without a certificate")
-    with Prometheus(scrape_config(consul, tls_config={**tls, **certificates.client}), flags=HASTY) as prometheus:
+    with Prometheus(scrape_config_of(consul, tls_config={**tls, **certificates.client}), flags=HASTY) as prometheus:
         wait_until(lambda: prometheus.query_value("answer") == 42, within=60, what="a scrape with a certificate")
     time.sleep(2.5)  # two checks more, which a check that asks for pages would have failed
     assert was_checked(consul)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from consul_prom.slots import process_identity
+from consul_prom.process.identity import process_identity
 from tests import ROOT
 from tests.e2e.exits import DEADLINE, LOGGING, entries, workers_of
 from tests.services.consul import Consul

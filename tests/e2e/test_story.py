@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from consul_prom import snippets
-from consul_prom.settings import load
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
 from tests.services.program import own_address
@@ -51,7 +51,7 @@ def settled(consul: Consul, shop: Gunicorn) -> bool:
 
 
 def snippet(consul: Consul) -> str:
-    return snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+    return scrape_config.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
 
 
 def url_of(entry: dict[str, Any]) -> str:

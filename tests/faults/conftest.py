@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from consul_prom.client import AgentClient
+from consul_prom.consul.client import AgentClient
 from tests.faults.scene import LOGGER, Scene
 from tests.services.consul import Consul
 
@@ -69,8 +69,8 @@ def shortened() -> Iterator[None]:
     defaults = AgentClient.__init__.__kwdefaults__
     assert defaults
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("consul_prom.registrar.TURN", 1.0)
-        patch.setattr("consul_prom.registrar.CHECKS", 1.0)
+        patch.setattr("consul_prom.consul.registrar.TURN", 1.0)
+        patch.setattr("consul_prom.consul.registrar.CHECKS", 1.0)
         patch.setitem(defaults, "timeout", 2.0)
         yield
 

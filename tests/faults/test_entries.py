@@ -12,12 +12,12 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from consul_prom import Worker
-from consul_prom.client import AgentClient
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registrar import Registrar
+from consul_prom.consul.registration import MARKER, Registration
 from consul_prom.devagent import DevAgent, running
 from consul_prom.errors import EntryTaken
-from consul_prom.registrar import Registrar
-from consul_prom.registration import MARKER, Registration
-from consul_prom.settings import TAG, load
+from consul_prom.settings.settings import TAG, load
 from tests.faults.conftest import MakeScene
 from tests.faults.fleet import Fleet
 from tests.faults.scene import WATCH, Document, Scene, repair

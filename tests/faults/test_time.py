@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from consul_prom.client import AgentClient
+from consul_prom.consul.client import AgentClient
+from consul_prom.consul.registrar import Registrar
+from consul_prom.consul.registration import MARKER, Registration
 from consul_prom.errors import AgentBusy, AgentDenied, AgentError, AgentFailed, AgentTimeout, AgentUnreachable
-from consul_prom.registrar import Registrar
-from consul_prom.registration import MARKER, Registration
-from consul_prom.settings import TAG, load
+from consul_prom.settings.settings import TAG, load
 from tests.faults.fleet import Fleet
 from tests.services.consul import Consul
 from tests.services.waiting import eventually, wait_until
@@ -168,7 +168,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 async def test_hour(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever goes wrong for an hour is at most ten lines, and not many more calls than a poll makes."""
-    caplog.set_level(logging.INFO, "consul_prom.registrar")
+    caplog.set_level(logging.INFO, "consul_prom.consul.registrar")
     agent = Agent(PLANS[name])
     registrar = Registrar(agent, WANTED, clock=agent.clock, sleep=agent.sleep)
     running = asyncio.create_task(registrar.run())

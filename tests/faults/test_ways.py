@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from consul_prom import snippets
-from consul_prom.settings import load
+from consul_prom.generate import scrape_config
+from consul_prom.settings.settings import load
 from tests.faults.conftest import MakeScene
 from tests.faults.fleet import Fleet
 from tests.faults.scene import Scene, repair
@@ -147,7 +147,7 @@ class TestConnections:
         settings = {"consul_http_addr": consul.url, "address": consul.address}
         with Fleet(services, directory=tmp_path, processes=3, **settings) as fleet:
             wait_until(lambda: answered(consul) and fleet.settled(consul), within=100, what="all registered")
-            scrape = snippets.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
+            scrape = scrape_config.prometheus(load({"service": "shop", "consul_http_addr": consul.url}, environ={}))
             with Prometheus(scrape, interval="5s", flags=HASTY) as prometheus:
                 for _ in range(100):
                     assert answered(consul), "the consul command gets no connection"

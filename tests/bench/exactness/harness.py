@@ -23,9 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
 
-from consul_prom import snippets
-from consul_prom.ledger import read
-from consul_prom.settings import load
+from consul_prom.generate import scrape_config
+from consul_prom.ledger.file import read
+from consul_prom.settings.settings import load
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
 from tests.services.prometheus import Prometheus
@@ -136,7 +136,7 @@ class Stage:
         if self.way == "port":
             found = {"server": self.consul.url.removeprefix("http://"), "services": ["shop-metrics"]}
             return [{"job_name": "shop", "consul_sd_configs": [{**found, "refresh_interval": "1s"}]}]
-        return snippets.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
+        return scrape_config.prometheus(load({"service": "shop", "consul_http_addr": self.consul.url}, environ={}))
 
     @contextmanager
     def asking(self) -> Iterator[None]:

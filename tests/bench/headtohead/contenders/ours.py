@@ -25,11 +25,11 @@ class _Ours(Contender):
     def prometheus(self, place: Place) -> Mapping[str, Any]:
         import yaml
 
-        from consul_prom import snippets
-        from consul_prom.settings import load
+        from consul_prom.generate import scrape_config
+        from consul_prom.settings.settings import load
 
         settings = load({"service": "shop", "consul_http_addr": f"{place.address}:8500"}, environ={})
-        configuration: Mapping[str, Any] = yaml.safe_load(snippets.prometheus(settings))
+        configuration: Mapping[str, Any] = yaml.safe_load(scrape_config.prometheus(settings))
         return configuration
 
     def configure(self, place: Place, configuration: MutableMapping[str, Any]) -> None:

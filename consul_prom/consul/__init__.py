@@ -1,0 +1,1 @@
+"""The Consul agent: HTTP client, registration, registrar and stale entries."""

@@ -1,0 +1,1 @@
+"""Text for other programs: scrape config, rules, dashboard and ACL policies."""

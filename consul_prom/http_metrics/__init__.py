@@ -1,0 +1,1 @@
+"""HTTP request metrics and the route templates that label them."""

@@ -1,0 +1,1 @@
+"""The operating-system process: its identity, forks, signals, exit hooks and the metrics thread."""

@@ -1,0 +1,1 @@
+"""The metrics HTTP server: its listener, /metrics, TLS and passwords."""

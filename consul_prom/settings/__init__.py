@@ -1,0 +1,1 @@
+"""Settings: one row each, read from arguments and the environment."""
