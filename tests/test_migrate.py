@@ -74,13 +74,24 @@ def test_naive(agent: DevAgent, tmp_path: Path) -> None:
 
 
 def test_multiprocess(agent: DevAgent, tmp_path: Path) -> None:
-    """The hook before cleans up files; with the hooks now, a Gunicorn's workers and its master are targets."""
+    """Before there are files to clean up, and a view that fails without them; now workers and master are targets."""
     before, after = pair("From prometheus_client's multiprocess mode")
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "gauge_liveall_7.db").touch()
     call = f"{before}\nclass worker: pid = 7\nchild_exit(None, worker)"
     python(call, agent, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "files"))
     assert list((tmp_path / "files").iterdir()) == []
+    view = f"""{before}
+from wsgiref.handlers import SimpleHandler
+from wsgiref.util import setup_testing_defaults
+import io
+environ, page = {{"SERVER_PROTOCOL": "HTTP/1.1"}}, io.BytesIO()
+setup_testing_defaults(environ)
+SimpleHandler(io.BytesIO(), page, io.StringIO(), environ).run(metrics)
+print(page.getvalue().split()[1].decode())
+"""
+    assert python(view, agent, tmp_path, PROMETHEUS_MULTIPROC_DIR=str(tmp_path / "files")) == "200\n"
+    assert python(view, agent, tmp_path) == "500\n"
     (tmp_path / "gunicorn.conf.py").write_text(after)
     options = (f"-c={tmp_path / 'gunicorn.conf.py'}", "--no-control-socket")
     settings = {"CONSUL_HTTP_ADDR": agent.url}

@@ -84,12 +84,23 @@ def test_commands() -> None:
     assert mentioned == set(_leaves(cli_main.commands))
 
 
-def test_two_commands() -> None:
-    """The two commands install extras that exist; the gunicorn line is what the tests run."""
+def test_installs() -> None:
+    """Nothing tells pip to get consul-prom from a package index, where it is not; the extras that are named exist."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert (
-        set(re.findall(r"pip install (?:-e )?'\.\[(\w+)\]'", "\n".join(commands()))) == {"demo", "test"} <= set(extras)
-    )
+    wheel = f"./consul_prom-{consul_prom.__version__}-py3-none-any.whl"
+    own_words = [path for folder in ("consul_prom", "deploy") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    found = []
+    for path in (ROOT / "README.md", *own_words):
+        text = path.read_bytes().decode("utf-8", errors="replace") if path.suffix not in {".pyc", ".png"} else ""
+        for options, source, named in re.findall(r"pip install ((?:-\S+ )*)'?([^\s'\[`]+)(?:\[([\w,]+)\])?", text):
+            found.append((path.name, options, source))
+            assert not re.search(r"consul.prom", source) or source == wheel, path
+            assert not named or (source in {".", wheel} and set(named.split(",")) <= set(extras)), path
+    assert {"README.md", "shop.service", "Dockerfile", "demo.py", "webconfig.py"} <= {name for name, *_ in found}
+
+
+def test_gunicorn() -> None:
+    """The gunicorn line is what the tests run."""
     assert "gunicorn app:get_application --workers=4 --worker-class=aiohttp.GunicornWebWorker" in commands()
 
 

@@ -1,4 +1,4 @@
-"""The whole story in ten seconds: Gunicorn with four workers, a naive page that lies, and four targets that do not.
+"""The whole story: Gunicorn with four workers, a naive page that lies, and four targets that do not.
 
 Everything is real but the Consul agent, which is the embedded one. Nothing outlives the demo.
 """
@@ -87,7 +87,7 @@ def run(*, keep: bool = False, screen: Screen) -> None:
         KeyboardInterrupt: a signal ended it early.
     """
     if find_spec("gunicorn") is None:
-        raise DemoError("the demo needs Gunicorn: pip install 'consul-prom[demo]'")
+        raise DemoError("the demo needs Gunicorn: pip install gunicorn")
     with _Signals() as signals, ExitStack() as parts:
         directory = Path(parts.enter_context(TemporaryDirectory(prefix="consul-prom-demo-")))
         agent = parts.enter_context(running())

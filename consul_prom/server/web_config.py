@@ -155,7 +155,7 @@ def _read(path: Path, seen: dict[Path, tuple[int, ...] | None]) -> _Content:
         import bcrypt  # noqa: F401
         import yaml
     except ImportError as error:
-        raise EndpointError(f"CONSUL_PROM_WEB_CONFIG needs {error.name}: pip install 'consul-prom[web]'") from None
+        raise EndpointError(f"CONSUL_PROM_WEB_CONFIG needs {error.name}: pip install bcrypt pyyaml") from None
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

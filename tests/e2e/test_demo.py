@@ -217,7 +217,7 @@ def test_without_gunicorn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "find_spec", lambda _name: None)
     result = run()
     assert result.exit_code == 1
-    assert result.stderr == "Error: the demo needs Gunicorn: pip install 'consul-prom[demo]'\n"
+    assert result.stderr == "Error: the demo needs Gunicorn: pip install gunicorn\n"
 
 
 def test_sum_is_not_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
