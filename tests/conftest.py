@@ -19,7 +19,7 @@ from consul_prom.ledger.file import Ledger
 from consul_prom.settings.settings import Settings, load
 from tests.services import processes
 from tests.services.binaries import RECIPES, describe, prepare
-from tests.workers import Workers
+from tests.services.workers import Workers
 
 MakeSettings = Callable[..., Settings]
 
@@ -81,8 +81,7 @@ def _prepare(config: pytest.Config, ids: Sequence[str]) -> None:
 
 def pytest_unconfigure() -> None:
     """End the processes that outlived their test or fixture."""
-    if processes.MARK in os.environ:
-        processes.end()
+    processes.end()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from consul_prom.settings.settings import load
 from tests.acl.access import Access, Make
 from tests.services.gunicorn import HOOKS, Gunicorn
 from tests.services.waiting import wait_until
-from tests.test_registrar import WANTED, registration
+from tests.unit.consul.test_registrar import WANTED, registration
 
 RULE = write_rule("shop-metrics")
 READ_NODES = 'node_prefix "" { policy = "read" }'

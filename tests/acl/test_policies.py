@@ -19,7 +19,7 @@ from consul_prom.settings.settings import Settings, load
 from tests.acl.access import Access, Make, replace
 from tests.services.prometheus import Prometheus
 from tests.services.waiting import eventually, wait_until
-from tests.test_registrar import WANTED
+from tests.unit.consul.test_registrar import WANTED
 
 AGENT_READ = 'agent_prefix "" { policy = "read" }'
 

@@ -22,7 +22,7 @@ from consul_prom.settings.settings import TAG
 from consul_prom.worker.worker import Worker
 from tests.acl.access import Access, Make, replace
 from tests.services.waiting import wait_until
-from tests.workers import PACKAGE, SCRIPT
+from tests.services.workers import PACKAGE, SCRIPT
 
 RULE = write_rule("shop-metrics")
 ENTRY = "shop.web-1.0"

@@ -18,7 +18,7 @@ from consul_prom.errors import AgentDenied, AgentTimeout
 from consul_prom.settings.settings import load
 from tests.acl.access import Access, Make, replace
 from tests.services.waiting import eventually, wait_until
-from tests.test_registrar import registration
+from tests.unit.consul.test_registrar import registration
 
 RULE = write_rule("shop-metrics")
 ENTRY = "shop.web-1.0"

@@ -22,7 +22,7 @@ from consul_prom.devagent import running
 from consul_prom.errors import DemoError
 from tests.services.prometheus import promtool_check_config
 from tests.services.waiting import wait_until
-from tests.workers import PACKAGE
+from tests.services.workers import PACKAGE
 
 COMMAND = (sys.executable, "-m", "consul_prom", "demo")
 

@@ -32,13 +32,19 @@ def marked(test: str) -> Iterator[None]:
 
 
 def end() -> None:
-    """Kill the processes that have the present mark or a longer one, and those that this process forked."""
-    wanted = f"{MARK}={os.environ[MARK]}"
+    """Kill the processes that have the present mark or a longer one, and those that this process forked.
+
+    A process that is not prepared does nothing: its mark is that of the test that started it, as in a nested run.
+    """
+    mark = os.environ.get(MARK, "")
+    if mark.split(" ")[0] != OWN:
+        return
+    wanted = f"{MARK}={mark} "
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
             found = [entry for entry in _environment(process) if entry.startswith(f"{MARK}=")]
             forked = not found and _parent(process) == os.getpid()  # which shows this process's own environment
-            if forked or (found and found[0].startswith(wanted)):
+            if forked or (found and f"{found[0]} ".startswith(wanted)):
                 os.kill(int(process.name), signal.SIGKILL)
 
 

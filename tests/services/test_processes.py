@@ -46,6 +46,15 @@ def test_left_by_another() -> None:
         assert parent.stdout.read() == ""  # its child had the other end
 
 
+def test_mark_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test run that a test starts kills neither itself nor other processes of that test."""
+    monkeypatch.setenv(processes.MARK, "1 a test")
+    with started(SLEEP) as other:
+        processes.end()
+        assert other.poll() is None
+        other.kill()
+
+
 def test_interruptible() -> None:
     """A program can be interrupted even if the shell that started the tests ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
