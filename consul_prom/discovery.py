@@ -18,7 +18,7 @@ from prometheus_async.types import Deregisterer
 from consul_prom import __version__
 from consul_prom.consul.client import AgentClient
 from consul_prom.consul.registration import Registration, build
-from consul_prom.consul.slot_registration import Tenancy
+from consul_prom.consul.slot_registration import SlotRegistration
 from consul_prom.errors import AgentError, ConsulPromError, EndpointError, SettingsError
 from consul_prom.process import exit_hooks
 from consul_prom.server.bind import find_address
@@ -95,7 +95,7 @@ class _Registration:
     def __init__(self, settings: Settings, server: MetricsHTTPServer) -> None:
         self._settings = settings
         self._server = server
-        self._tenancy = Tenancy(settings)
+        self._tenancy = SlotRegistration(settings)
         self._client = AgentClient(settings)
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()

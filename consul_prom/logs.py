@@ -66,7 +66,7 @@ def first_time(fact: str) -> bool:
     return is_new
 
 
-class SparingLog:
+class ThrottledLogger:
     """What one part of a worker has to say, through *log*.
 
     A failure is said at once if its reason is new, and each ten minutes while it lasts; that it is over is said once,

@@ -14,7 +14,7 @@ from consul_prom.cli.console import Screen
 from consul_prom.consul import stale
 from consul_prom.consul.client import AgentClient
 from consul_prom.consul.registration import is_on, origin
-from consul_prom.consul.stale import Entry, Outcome, Verdict
+from consul_prom.consul.stale import Entry, Liveness, ReapResult
 from consul_prom.ledger import file as ledger_file
 from consul_prom.ledger.file import Contents, Family, Series
 from consul_prom.settings.settings import Settings
@@ -81,7 +81,7 @@ def _saved(path: Path, contents: Contents) -> Iterator[tuple[Any, ...]]:
         yield service, int(slot), instance, family.name, family.kind, len(series), unused, counted
 
 
-async def _look(agent: AgentClient, settings: Settings) -> list[tuple[Entry, Verdict, str]]:
+async def _look(agent: AgentClient, settings: Settings) -> list[tuple[Entry, Liveness, str]]:
     found = []
     for entry in await stale.entries(agent, service=settings.service):
         checks = {check.get("Status") for check in await agent.checks(entry["ID"])}
@@ -110,7 +110,7 @@ def deregister(settings: Settings, *, dry_run: bool, ids: Sequence[str], everyth
     """
     if ids and everything:
         raise click.UsageError("--id and --all exclude each other")
-    outcomes: list[Outcome] = []
+    outcomes: list[ReapResult] = []
     elsewhere: list[Entry] = []
 
     async def work(agent: AgentClient) -> None:
@@ -143,12 +143,12 @@ async def _entry(agent: AgentClient, entry_id: str) -> Entry:
     return entry.document if entry else {"ID": entry_id}
 
 
-def _undone(outcome: Outcome) -> bool:
+def _undone(outcome: ReapResult) -> bool:
     unproven = outcome.action == "kept" and outcome.verdict.state == "unknown"
     return unproven or outcome.action in {"would remove", "refused", "failed"}
 
 
-def _tell(outcomes: Sequence[Outcome], elsewhere: Sequence[Entry]) -> None:
+def _tell(outcomes: Sequence[ReapResult], elsewhere: Sequence[Entry]) -> None:
     """Living workers are a number: who cleans up looks for what went, and for what did not."""
     screen = Screen()
     unproven = [it.entry["ID"] for it in outcomes if it.action == "kept" and it.verdict.state == "unknown"]
@@ -174,18 +174,18 @@ def _tell(outcomes: Sequence[Outcome], elsewhere: Sequence[Entry]) -> None:
 _COUNTED: Final = {"would remove": "to remove", "kept": "not proven dead", "gone": "not there"}
 
 
-def _lives_on(outcome: Outcome) -> bool:
+def _lives_on(outcome: ReapResult) -> bool:
     return outcome.action == "kept" and outcome.verdict.state == "alive"
 
 
-def _why(outcome: Outcome) -> str:
+def _why(outcome: ReapResult) -> str:
     if outcome.trouble:
         return outcome.trouble
     again = outcome.action in {"removed", "would remove"} and outcome.verdict.state == "alive"
     return outcome.verdict.proof + ("; it registers again within seconds" if again else "")
 
 
-def _facts(entry: Entry, verdict: Verdict) -> dict[str, Any]:
+def _facts(entry: Entry, verdict: Liveness) -> dict[str, Any]:
     meta = entry.get("Meta") or {}
     return {
         "id": entry["ID"],

@@ -22,8 +22,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from consul_prom.consul.http import (
-    SOMETHING,
-    WITHHELD,
+    ACL_FILTERED_HEADER,
+    NOT_CONSUL,
     expect,
     no_json,
     raise_for_status,
@@ -165,7 +165,7 @@ class AgentClient:
 
     @property
     def resolved(self) -> tuple[str, ...]:
-        """The agent's IP addresses once it was looked up: what `deregister_now` needs when names no longer work."""
+        """The agent's IP addresses once it was looked up: what `deregister_sync` needs when names no longer work."""
         return self._transport.resolver.last
 
     async def aclose(self) -> None:
@@ -353,18 +353,18 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> str:
     async for chunk in response.content.iter_chunked(2**16):
         chunks += chunk
         if len(chunks) > most:
-            raise AgentConfused(f"{SOMETHING} answered {response.url.path} with more than {most >> 20} MiB")
+            raise AgentConfused(f"{NOT_CONSUL} answered {response.url.path} with more than {most >> 20} MiB")
     return chunks.decode(errors="replace")
 
 
 def _found_or_withheld(response: Any) -> bool:
     """Whether a list has items, or would have them for a token with more rights."""
-    return bool(json.loads(response.body)) or WITHHELD in response.headers
+    return bool(json.loads(response.body)) or ACL_FILTERED_HEADER in response.headers
 
 
 def _found_and_told(response: Any) -> list[Any]:
     """A list, of which nothing is withheld."""
-    if WITHHELD in response.headers:
+    if ACL_FILTERED_HEADER in response.headers:
         raise AgentDenied("the token may not read nodes, so the agent withholds entries")
     found = json.loads(response.body)
     return found if isinstance(found, list) else []

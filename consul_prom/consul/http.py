@@ -1,7 +1,7 @@
 """How an agent is spoken to, by whom ever: addresses, TLS, headers, what a status means. And by those who cannot wait.
 
 The last moments of a process, and Gunicorn's master, have no event loop, no thread and no name server:
-`deregister_now`, `service_now` and `remove_now` need none, and none of a worker's libraries.
+`deregister_sync`, `service_sync` and `remove_sync` need none, and none of a worker's libraries.
 """
 
 import base64
@@ -28,9 +28,9 @@ from consul_prom.errors import (
 )
 from consul_prom.settings.settings import Settings
 
-WITHHELD: Final = "X-Consul-Results-Filtered-By-ACLs"
+ACL_FILTERED_HEADER: Final = "X-Consul-Results-Filtered-By-ACLs"
 """A header: for another token the list might be longer."""
-SOMETHING: Final = "what listens at CONSUL_HTTP_ADDR"
+NOT_CONSUL: Final = "what listens at CONSUL_HTTP_ADDR"
 """Which is no agent, by its answers."""
 _PLAIN: Final = frozenset(
     {errno.ECONNREFUSED, errno.ECONNRESET, errno.EPIPE, errno.ENOENT, errno.EACCES, errno.EHOSTUNREACH}
@@ -147,7 +147,7 @@ def expect(settings: Settings, found: Any, kind: type[dict[Any, Any]]) -> dict[A
 
 
 def wrong_json(settings: Settings, what: str, found: Any) -> AgentConfused:
-    return AgentConfused(f"{SOMETHING} sent {what}: {quoted(settings, json.dumps(found), most=100)}")
+    return AgentConfused(f"{NOT_CONSUL} sent {what}: {quoted(settings, json.dumps(found), most=100)}")
 
 
 def no_json(settings: Settings, text: str) -> AgentConfused:

@@ -27,7 +27,7 @@ from consul_prom.errors import (
     SlotError,
     TokenUnreadable,
 )
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Registrar:
         self._random = random
         self._on_registration = on_registration
         self._on_failure = on_failure
-        self._log = SparingLog(log, clock=clock)
+        self._log = ThrottledLogger(log, clock=clock)
         self._repairs: deque[float] = deque(maxlen=MOST_REPAIRS)
         self._missed = 0
         self._cut_off = False

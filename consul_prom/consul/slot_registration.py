@@ -9,7 +9,7 @@ from functools import partial
 
 from consul_prom.consul.registrar import RETRY, UNASKED, WATCHING_SLOTS, AgentAPI, Registrar, Result, backoff
 from consul_prom.consul.registration import Registration, entry_id
-from consul_prom.consul.sync_client import deregister_now
+from consul_prom.consul.sync_client import deregister_sync
 from consul_prom.errors import (
     AgentBusy,
     AgentError,
@@ -19,14 +19,14 @@ from consul_prom.errors import (
     EndpointError,
     SlotError,
 )
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 from consul_prom.settings.settings import Settings
 from consul_prom.slots.slots import Slot, acquire
 
 log = logging.getLogger(__name__)
 
 
-class Tenancy:
+class SlotRegistration:
     """A process in its slot, registered. If the directory of the slots is wiped, the process moves to a new slot.
 
     `slot` is None until `enter` succeeds. `left` says whether the entry was deregistered, or that this was tried for as
@@ -47,7 +47,7 @@ class Tenancy:
         self._on_failure = on_failure
         self._registrar: Registrar | None = None
         self._before = ""
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
 
     @property
     def instance(self) -> str:
@@ -152,7 +152,7 @@ class Tenancy:
         """`leave` without an event loop, because it does not answer or has ended; *hosts*: the agent's addresses."""
         try:
             if self._registrar and self._registrar.asked:
-                deregister_now(self._settings, self.entry_id, timeout=timeout, hosts=hosts)
+                deregister_sync(self._settings, self.entry_id, timeout=timeout, hosts=hosts)
                 self.left = True  # or the loop, if it goes on, would remove the entry of the slot's next worker
         except AgentError as error:
             self.left_over(error)

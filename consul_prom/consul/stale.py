@@ -47,7 +47,7 @@ class AgentAPI(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Liveness:
     """Whether a live worker is behind an entry, and the proof of it in words."""
 
     state: State
@@ -55,11 +55,11 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ReapResult:
     """What a sweep did with an entry, and why it could not do more."""
 
     entry: Entry
-    verdict: Verdict
+    verdict: Liveness
     action: Action
     trouble: str = ""
 
@@ -72,7 +72,7 @@ async def entries(agent: AgentAPI, *, service: str = "") -> list[Entry]:
 
 async def sweep(
     agent: AgentAPI, found: Iterable[Entry], *, host: str, forced: bool = False, dry_run: bool = False
-) -> AsyncGenerator[Outcome]:
+) -> AsyncGenerator[ReapResult]:
     """Deregister those of *found* that are provably dead, or, where *forced*, all that bear our marker.
 
     *host* is this host's name, as workers have it.
@@ -87,31 +87,31 @@ async def sweep(
 
 
 @contextmanager
-def judged(entry: Entry, *, host: str) -> Iterator[Verdict]:
+def judged(entry: Entry, *, host: str) -> Iterator[Liveness]:
     """The verdict on an entry; while the context lasts nobody can be born into a slot whose free lock was the proof."""
     with ExitStack() as locks:
         yield _judge(entry, host, locks)
 
 
-async def _settle(agent: AgentAPI, entry: Entry, verdict: Verdict, *, forced: bool, dry_run: bool) -> Outcome:
+async def _settle(agent: AgentAPI, entry: Entry, verdict: Liveness, *, forced: bool, dry_run: bool) -> ReapResult:
     if verdict.state != "dead" and not forced:
-        return Outcome(entry, verdict, "kept")
+        return ReapResult(entry, verdict, "kept")
     try:
         now = await agent.service(entry["ID"])  # the verdict was on what may be gone, or another worker's, by now
         if now is None:
-            return Outcome(entry, verdict, "gone", "it is not registered")
+            return ReapResult(entry, verdict, "gone", "it is not registered")
         if not is_ours(now.document):
-            return Outcome(entry, verdict, "refused", "it is not consul-prom's")
+            return ReapResult(entry, verdict, "refused", "it is not consul-prom's")
         if not forced and _worker(now.document) != _worker(entry):
-            return Outcome(now.document, Verdict("alive", "it was registered anew meanwhile"), "kept")
+            return ReapResult(now.document, Liveness("alive", "it was registered anew meanwhile"), "kept")
         if not dry_run:
             await remove(agent, now.document)
     except (AgentUnreachable, AgentTimeout):
         raise
     except AgentError as error:
         right = f"; the token needs the rule: {write_rule(entry['Service'])}" if isinstance(error, AgentDenied) else ""
-        return Outcome(entry, verdict, "failed", f"{error}{right}")
-    return Outcome(entry, verdict, "would remove" if dry_run else "removed")
+        return ReapResult(entry, verdict, "failed", f"{error}{right}")
+    return ReapResult(entry, verdict, "would remove" if dry_run else "removed")
 
 
 async def remove(agent: AgentAPI, entry: Entry) -> None:
@@ -128,25 +128,25 @@ async def remove(agent: AgentAPI, entry: Entry) -> None:
             await agent.deregister_from_catalogue(gone, node)
 
 
-def _judge(entry: Entry, host: str, locks: ExitStack) -> Verdict:
+def _judge(entry: Entry, host: str, locks: ExitStack) -> Liveness:
     meta, parts = entry.get("Meta") or {}, parse_entry_id(entry["ID"])
     if parts is None or (parts.service, parts.host, slots.place(parts.slot)) != tuple(
         meta.get(key) for key in ("service", "host", "slot")
     ):
-        return Verdict("unknown", "its ID does not fit its meta")
+        return Liveness("unknown", "its ID does not fit its meta")
     if not is_on(entry, host):
-        return Verdict("unknown", f"it is of the host {parts.host}, and this is {host}")
+        return Liveness("unknown", f"it is of the host {parts.host}, and this is {host}")
     process = _by_process(meta)
     lock = _by_lock(meta, parts.service, parts.slot, locks)
     if lock.state == "unknown":
-        return process if process.state != "unknown" else Verdict("unknown", f"{lock.proof}, and {process.proof}")
+        return process if process.state != "unknown" else Liveness("unknown", f"{lock.proof}, and {process.proof}")
     if lock.state == "dead" and process.state == "alive":
         # Its lock file was replaced under it, or it stopped its worker without the agent: no case for a machine.
-        return Verdict("unknown", f"the lock of its slot is free, but {process.proof}")
+        return Liveness("unknown", f"the lock of its slot is free, but {process.proof}")
     return lock
 
 
-def _by_lock(meta: Mapping[str, str], service: str, slot: int, locks: ExitStack) -> Verdict:
+def _by_lock(meta: Mapping[str, str], service: str, slot: int, locks: ExitStack) -> Liveness:
     """The lock's proof. It is made of what is there: a lock file that was wiped away may still be held."""
     identity, _, path = meta.get("dir", "").partition(":")
     directory = Path(path)
@@ -154,45 +154,45 @@ def _by_lock(meta: Mapping[str, str], service: str, slot: int, locks: ExitStack)
         # The path is someone's word: opening a pipe, say, would hang.
         files = (directory / "id", slots.path_of(directory, service, slot))
         if not directory.is_absolute() or not all(stat.S_ISREG(file.lstat().st_mode) for file in files):
-            return Verdict("unknown", "its directory is none of slots")
+            return Liveness("unknown", "its directory is none of slots")
         if directory_id(directory) != identity:
-            return Verdict("unknown", "its directory was replaced, or may not be read")
+            return Liveness("unknown", "its directory was replaced, or may not be read")
         held = slots.try_slot(directory, service, slot)
     except FileNotFoundError:
-        return Verdict("unknown", "its directory or its lock file is gone")
+        return Liveness("unknown", "its directory or its lock file is gone")
     except (OSError, ValueError, NotImplementedError) as error:
-        return Verdict("unknown", f"its lock cannot be tried ({getattr(error, 'strerror', None) or error})")
+        return Liveness("unknown", f"its lock cannot be tried ({getattr(error, 'strerror', None) or error})")
     if held is None:
-        return Verdict("alive", "a live process holds the lock of its slot")
+        return Liveness("alive", "a live process holds the lock of its slot")
     locks.callback(held.release)
-    return Verdict("dead", "the lock of its slot is free")
+    return Liveness("dead", "the lock of its slot is free")
 
 
-def _by_process(meta: Mapping[str, str]) -> Verdict:
+def _by_process(meta: Mapping[str, str]) -> Liveness:
     """The process' proof, which holds where the directory is gone."""
     boot, _, rest = meta.get("proc", "").partition(".")
     namespace, _, ticks = rest.partition(".")
     ours = (process_identity(os.getpid()) or "").split(".")
     if not ticks.isdecimal() or len(ours) != 3 or not _proc_is_ours():
-        return Verdict("unknown", "this system tells too little of processes")
+        return Liveness("unknown", "this system tells too little of processes")
     if boot != ours[0]:
-        return Verdict("unknown", "it is of another boot, or of another machine with this host's name")
+        return Liveness("unknown", "it is of another boot, or of another machine with this host's name")
     if namespace != ours[1]:
-        return Verdict("unknown", "its process is of another pid namespace (another container)")
+        return Liveness("unknown", "its process is of another pid namespace (another container)")
     return _by_pid(meta.get("pid", ""), meta["proc"])
 
 
-def _by_pid(pid: str, identity: str) -> Verdict:
+def _by_pid(pid: str, identity: str) -> Liveness:
     if not pid.isdecimal() or not 0 < int(pid) < 2**31:
-        return Verdict("unknown", "its meta has no pid")
+        return Liveness("unknown", "its meta has no pid")
     found = process_identity(int(pid))
     if found == identity:
-        return Verdict("alive", f"the process {pid} lives")
+        return Liveness("alive", f"the process {pid} lives")
     if found:
-        return Verdict("dead", f"the process {pid} is a later one")
+        return Liveness("dead", f"the process {pid} is a later one")
     if _exists(int(pid)):  # a zombie, or hidden: mounted with hidepid, /proc shows no process of another user
-        return Verdict("unknown", f"the process {pid} cannot be seen")
-    return Verdict("dead", f"the process {pid} is gone")
+        return Liveness("unknown", f"the process {pid} cannot be seen")
+    return Liveness("dead", f"the process {pid} is gone")
 
 
 def _exists(pid: int) -> bool:

@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
 
 from consul_prom.consul.http import (
-    SOMETHING,
-    WITHHELD,
+    ACL_FILTERED_HEADER,
+    NOT_CONSUL,
     expect,
     no_json,
     raise_for_status,
@@ -29,7 +29,7 @@ from consul_prom.settings.settings import Settings
 LARGEST_ENTRY: Final = 2**20
 
 
-def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()) -> bool:
+def deregister_sync(settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()) -> bool:
     """`AgentClient.deregister` for the last moments of a process: no event loop, no thread, no name lookup.
 
     *hosts* are the agent's resolved addresses; False where there was no such entry. Takes *timeout* seconds at most.
@@ -42,7 +42,7 @@ def deregister_now(settings: Settings, entry_id: str, *, timeout: float, hosts: 
     return True
 
 
-def service_now(
+def service_sync(
     settings: Settings, entry_id: str, *, timeout: float, hosts: Sequence[str] = ()
 ) -> dict[str, Any] | None:
     """`AgentClient.service` in the same way: the entry, or None."""
@@ -53,7 +53,7 @@ def service_now(
         return None
 
 
-def remove_now(settings: Settings, entry: Mapping[str, Any], *, timeout: float, hosts: Sequence[str] = ()) -> None:
+def remove_sync(settings: Settings, entry: Mapping[str, Any], *, timeout: float, hosts: Sequence[str] = ()) -> None:
     """Deregister an entry in the same way, and, where tokens matter, see to it that the catalogue follows."""
     ends_at, entry_id = time.monotonic() + timeout, entry["ID"]
 
@@ -69,7 +69,7 @@ def remove_now(settings: Settings, entry: Mapping[str, Any], *, timeout: float, 
     if node:
         params = {"filter": f'{expression} and Node == "{node}"'}
         found = ask("GET", f"/v1/catalog/service/{quote(entry['Service'], safe='')}", params=params)
-        if found.json() or WITHHELD in found.headers:
+        if found.json() or ACL_FILTERED_HEADER in found.headers:
             with suppress(AgentNotFound):
                 ask("PUT", "/v1/catalog/deregister", data=json.dumps({"Node": node, "ServiceID": entry_id}))
 
@@ -130,7 +130,7 @@ def _read_now(settings: Settings, connection: http.client.HTTPConnection, method
         chunk = stream.recv(2**16)
         received += chunk
         if len(received) > LARGEST_ENTRY:
-            raise AgentConfused(f"{SOMETHING} answered with more than {LARGEST_ENTRY >> 20} MiB")
+            raise AgentConfused(f"{NOT_CONSUL} answered with more than {LARGEST_ENTRY >> 20} MiB")
         if not chunk:
             break
     response = http.client.HTTPResponse(_Received(bytes(received)), method=method)  # type: ignore[arg-type]

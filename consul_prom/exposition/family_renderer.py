@@ -20,7 +20,7 @@ from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from consul_prom.ledger.source import Only, Source
-from consul_prom.ledger.values import CellValue, MutexValue, reader
+from consul_prom.ledger.values import MappedValue, MutexValue, reader
 
 Encode = Callable[[Collector], bytes]
 Read = Callable[[], Sequence[float]]
@@ -30,10 +30,13 @@ BLOCK: Final = 512  # numbers that are looked at in one go: a third of a millise
 READERS: Final[Mapping[type, Reader]] = {
     # An attribute is read in one step, so no value's lock is needed.
     MutexValue: lambda found: lambda: [value._value for value in found],
-    CellValue: lambda found: lambda: [value.get() for value in found],
+    MappedValue: lambda found: lambda: [value.get() for value in found],
 }
-TOTALS: Final[Mapping[type, Reader]] = {**READERS, CellValue: lambda found: lambda: [value.total() for value in found]}
-CELLS: Final[Mapping[type, Reader]] = {**READERS, CellValue: reader}
+TOTALS: Final[Mapping[type, Reader]] = {
+    **READERS,
+    MappedValue: lambda found: lambda: [value.total() for value in found],
+}
+CELLS: Final[Mapping[type, Reader]] = {**READERS, MappedValue: reader}
 _in_go: Final[Callable[[float], str]] = floatToGoString
 _CREATED: Final = 0.25  # what stands for a time of creation in a form; numbers are 0.5, 1.5, ...
 _GAP: Final = "\n"  # for a number, in a form

@@ -13,9 +13,9 @@ from prometheus_client.registry import Collector
 
 from consul_prom.exposition.family_renderer import Encode, Family, is_encodable
 from consul_prom.exposition.metric_types import FAMILIES, is_known, known
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 from consul_prom.ledger.source import Only, Plain, Source, names_in
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 
 try:  # the extra `isal`: a quarter of zlib's time
     from isal.isal_zlib import compress
@@ -61,12 +61,12 @@ class Renderer:
     time: it has no locks.
     """
 
-    def __init__(self, registry: CollectorRegistry | ContinuedRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry | LedgerRegistry) -> None:
         self._registry = registry
-        self._source: Source = registry if isinstance(registry, ContinuedRegistry) else Plain(registry)
+        self._source: Source = registry if isinstance(registry, LedgerRegistry) else Plain(registry)
         self._kept: dict[str, tuple[float, dict[Any, Family]]] = {}  # by content type; the oldest first
-        self._is_plain = type(registry) in {CollectorRegistry, ContinuedRegistry}
-        self._log = SparingLog(log)
+        self._is_plain = type(registry) in {CollectorRegistry, LedgerRegistry}
+        self._log = ThrottledLogger(log)
         self._incomplete = False
 
     def render(self, accept: str, accept_encoding: str, names: Sequence[str] = ()) -> Asked:

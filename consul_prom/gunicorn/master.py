@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from consul_prom.errors import ConsulPromError, SettingsError
-from consul_prom.gunicorn.reaper import Undertaker
-from consul_prom.gunicorn.stats import LOG, Tally
-from consul_prom.logs import SparingLog, first_time
+from consul_prom.gunicorn.reaper import MasterReaper
+from consul_prom.gunicorn.stats import LOG, MasterStats
+from consul_prom.logs import ThrottledLogger, first_time
 from consul_prom.settings.settings import NO_SERVICE, Settings, load
 
 log = logging.getLogger(__name__)
@@ -26,14 +26,14 @@ class Master:
         self._uid = uid
         self._gid = gid
         self._settings: Settings | None = None
-        self._tally: Tally | None = None
-        self._undertaker: Undertaker | None = None
-        self._log = SparingLog(log)
+        self._tally: MasterStats | None = None
+        self._undertaker: MasterReaper | None = None
+        self._log = ThrottledLogger(log)
         with self._unharmed():
             settings = load({}, uid=lambda: uid)
             if settings.disabled:
                 return
-            self._settings, self._undertaker = settings, Undertaker(settings)
+            self._settings, self._undertaker = settings, MasterReaper(settings)
             if not settings.service and first_time(NO_SERVICE):
                 log.warning(
                     "CONSUL_PROM_SERVICE is not set: workers are served only if the application passes service="
@@ -55,10 +55,10 @@ class Master:
             if tally := self._counts():
                 tally.workers(wanted=wanted, alive=alive)
 
-    def _counts(self) -> Tally | None:
+    def _counts(self) -> MasterStats | None:
         """The tally of a service, begun as soon as the directory can be used; raises SlotError until then."""
         if self._tally is None and self._settings and self._settings.service:
-            self._tally = Tally(self._settings.dir, self._settings.service, writing=self._as_worker)
+            self._tally = MasterStats(self._settings.dir, self._settings.service, writing=self._as_worker)
             logging.getLogger(LOG).addFilter(self._tally)
         return self._tally
 

@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import Final
 
 from consul_prom.consul.registration import entry_id, is_of
-from consul_prom.consul.sync_client import remove_now, service_now
+from consul_prom.consul.sync_client import remove_sync, service_sync
 from consul_prom.errors import AgentError, AgentTimeout
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 from consul_prom.settings.settings import Settings
 from consul_prom.slots import slots
 
@@ -30,7 +30,7 @@ DYING: Final = 1.0
 RETRY: Final = 0.01
 
 
-class Undertaker:
+class MasterReaper:
     """What a master does for its dead workers. Nothing that it does raises an AgentError."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Undertaker:
         self._sleep = sleep
         self._spent: deque[tuple[float, float]] = deque()
         self._off_until = -math.inf
-        self._log = SparingLog(log, clock=clock)
+        self._log = ThrottledLogger(log, clock=clock)
 
     def bury(self, pid: int | str) -> None:
         """Remove the entries of the one dead worker."""
@@ -64,7 +64,7 @@ class Undertaker:
             self._sleep(RETRY)
             held = self._bury(held)
 
-    def _bury(self, dead: list[slots.Remains]) -> list[slots.Remains]:
+    def _bury(self, dead: list[slots.StaleSlot]) -> list[slots.StaleSlot]:
         """Those whose lock cannot be had."""
         held = []
         for remains in dead:
@@ -81,17 +81,17 @@ class Undertaker:
                 held.append(remains)
         return held
 
-    def _deregister(self, remains: slots.Remains) -> bool:
+    def _deregister(self, remains: slots.StaleSlot) -> bool:
         """Whether nothing is left to do."""
         begun, dead = self._clock(), entry_id(remains.service, self._settings.host, remains.number)
         hosts = remains.hosts or self._literal()
         if begun < self._off_until or not hosts or self._left() < LEAST:
             return False
         try:
-            entry = service_now(self._settings, dead, timeout=self._left(), hosts=hosts)
+            entry = service_sync(self._settings, dead, timeout=self._left(), hosts=hosts)
             if entry and is_of(entry, self._settings.dir):
                 left = max(self._left() - (self._clock() - begun), LEAST)
-                remove_now(self._settings, entry, timeout=left, hosts=hosts)
+                remove_sync(self._settings, entry, timeout=left, hosts=hosts)
                 log.info("removed %s: its worker is dead, since the lock of its slot is free", dead)
         except AgentError as error:
             if isinstance(error, AgentTimeout):

@@ -34,7 +34,7 @@ _EXITS: Final = (
 )
 
 
-class Tally(logging.Filter):
+class MasterStats(logging.Filter):
     """One master's counts. As a filter of Gunicorn's log it sees all records there, and lets them pass."""
 
     def __init__(

@@ -15,7 +15,7 @@ from weakref import WeakSet
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, Metric, Summary
 
-from consul_prom.ledger.values import PARENTS, CellValue, MutexValue, copy_copies, note_parent, plain
+from consul_prom.ledger.values import PARENTS, MappedValue, MutexValue, copy_copies, note_parent, plain
 
 
 class _Fork:
@@ -37,7 +37,7 @@ class _Fork:
         if not self._intercepted:
             self._intercepted = [
                 (kind, name, vars(kind)[name])
-                for kind in (CellValue, MutexValue)
+                for kind in (MappedValue, MutexValue)
                 for name in ("inc", "set")
                 if name in vars(kind)
             ]
@@ -45,7 +45,7 @@ class _Fork:
                 setattr(kind, name, self._first(method))
 
     def copied(self, collectors: Iterable[Any]) -> None:
-        """Skip *collectors*: their values were in the parent's ledger, and `CellValue` notes what they held."""
+        """Skip *collectors*: their values were in the parent's ledger, and `MappedValue` notes what they held."""
         self._copied.update(collectors)
 
     def watch(self, registry: CollectorRegistry) -> None:

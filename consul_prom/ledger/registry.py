@@ -3,7 +3,7 @@
 Its page shows a slot's totals, and the series that its earlier workers left. `get()` and the registry itself go on to
 show what this process counted. Gauges, Info and Enum are left alone, and so are custom collectors.
 
-A renderer of its own needs, instead of `ContinuedRegistry.collect`: `collectors`, the `total()` of a value, the
+A renderer of its own needs, instead of `LedgerRegistry.collect`: `collectors`, the `total()` of a value, the
 `_created` of a metric, which is carried with the value, `inherited`, and `families` for what it does not know.
 """
 
@@ -24,9 +24,9 @@ from consul_prom.ledger.compat import check_library
 from consul_prom.ledger.file import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
 from consul_prom.ledger.parent_counts import FORK
 from consul_prom.ledger.source import Listed, names_in
-from consul_prom.ledger.values import CellValue, copy_cells, move, plain, totals
-from consul_prom.logs import SparingLog
-from consul_prom.process.fork import FORKING
+from consul_prom.ledger.values import MappedValue, copy_cells, move, plain, totals
+from consul_prom.logs import ThrottledLogger
+from consul_prom.process.fork import FORK_LOCK
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ _SUFFIXES: Final = {
 Chosen = Callable[[Labels], bool]
 
 
-class ContinuedRegistry:
+class LedgerRegistry:
     """*registry* with the values of its metrics in *ledger*: of those that there are, and of those that come.
 
     Raises:
@@ -60,12 +60,12 @@ class ContinuedRegistry:
         self._bound: dict[Collector, _Bound] = {}
         self._shadows: dict[Family, Any] = {}
         self._untold: tuple[str, Exception | None] | None = None
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
         self._register, self._unregister = registry.register, registry.unregister
         _CONTINUED.add(self)  # until it is closed
         vars(registry).update(register=self._on_register, unregister=self._on_unregister)
         for collector in list(registry._collector_to_names):
-            with FORKING:
+            with FORK_LOCK:
                 self._try_enter(collector)
 
     def collect(self) -> Iterator[Metric]:
@@ -301,7 +301,7 @@ class ContinuedRegistry:
 
 
 class _Restricted:
-    def __init__(self, source: ContinuedRegistry, names: frozenset[str]) -> None:
+    def __init__(self, source: LedgerRegistry, names: frozenset[str]) -> None:
         self._source = source
         self._names = names
 
@@ -316,7 +316,7 @@ class _Restricted:
 class _Bound:
     """A registered metric whose values are in cells. Births and deaths of its children happen under its `lock`."""
 
-    def __init__(self, owner: ContinuedRegistry, ledger: Ledger, metric: Any) -> None:
+    def __init__(self, owner: LedgerRegistry, ledger: Ledger, metric: Any) -> None:
         bounds = tuple(metric._upper_bounds) if isinstance(metric, Histogram) else ()
         self.family = Family(
             metric._type, metric._name, tuple(metric._labelnames), bounds, str(metric._documentation), str(metric._unit)
@@ -343,7 +343,7 @@ class _Bound:
         with self.lock:
             for child in list(self.metric._metrics.values()) if self.family.labelnames else [self.metric]:
                 for value in plain(child):
-                    if isinstance(value, CellValue):
+                    if isinstance(value, MappedValue):
                         value.leave(stays=stays)
             if self.family.labelnames:  # last: who reads cells knows by this that they are others
                 self.metric._metrics = dict(self.metric._metrics)
@@ -484,7 +484,7 @@ _REMOVERS: Final[dict[str, Callable[..., Chosen]]] = {
     "remove_by_labels": _by_some,
 }
 
-_CONTINUED: Final[WeakSet[ContinuedRegistry]] = WeakSet()
+_CONTINUED: Final[WeakSet[LedgerRegistry]] = WeakSet()
 
 
 def _after_fork_in_child() -> None:

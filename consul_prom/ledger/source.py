@@ -19,7 +19,7 @@ class Listed(NamedTuple):
 
 
 class Source(Protocol):
-    """`ContinuedRegistry` is one too."""
+    """`LedgerRegistry` is one too."""
 
     @property
     def totals(self) -> bool:

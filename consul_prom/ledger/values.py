@@ -39,7 +39,7 @@ def totals() -> Iterator[None]:
         _ASKED.totals = False
 
 
-class CellValue:
+class MappedValue:
     """Does what prometheus_client's MutexValue does.
 
     The cell holds the slot's total; `_base` of it this process did not count. `_elsewhere` stands in a ledger already,
@@ -159,7 +159,7 @@ def copy_copies() -> None:
         copy_cells(copy, len(copy))
 
 
-def reader(found: Sequence[CellValue]) -> Callable[[], Sequence[float]]:
+def reader(found: Sequence[MappedValue]) -> Callable[[], Sequence[float]]:
     """How to read the totals of *found*, in one step, for as long as none of them moves; meanwhile none may."""
     cells = [value._cells for value in found]
     indexes = [value._index for value in found]
@@ -171,7 +171,7 @@ def reader(found: Sequence[CellValue]) -> Callable[[], Sequence[float]]:
 class _Replaced(MutexValue):  # type: ignore[misc]  # the library may have none
     """What a value was before: who still holds it, or is inside of its `inc`, lands in the cell."""
 
-    _successor: CellValue
+    _successor: MappedValue
 
     @property
     def _value(self) -> float:
@@ -196,7 +196,7 @@ def move(metric: Any, cells: "memoryview[float]", created: int, first: int, *, n
     if not isfinite(sum(held)):
         held[:] = array("d", [number if isfinite(number) else 0.0 for number in held])
     if newborn and type(metric) in _OWN_CLASSES:
-        moved = [CellValue(value._lock, cells, index, created) for index, value in enumerate(old, first)]
+        moved = [MappedValue(value._lock, cells, index, created) for index, value in enumerate(old, first)]
     else:
         moved = [_replace(value) for value in old]
         for index, value in enumerate(moved, first):
@@ -220,18 +220,18 @@ def plain(metric: Any) -> list[Any]:
 
 def note_parent(value: Any) -> None:
     """In a forked child, note that the parent counted what *value* holds."""
-    if isinstance(value, CellValue):
+    if isinstance(value, MappedValue):
         value.note_parent()
     elif type(value) is MutexValue and value._value:
         PARENTS[value] = value._value
 
 
-def _replace(value: Any) -> CellValue:
-    if isinstance(value, CellValue):
+def _replace(value: Any) -> MappedValue:
+    if isinstance(value, MappedValue):
         return value
     with value._lock:
         parents = PARENTS.pop(value, 0.0)
-        successor = CellValue(value._lock, array("d", (0.0, 0.0)), 0, 1)
+        successor = MappedValue(value._lock, array("d", (0.0, 0.0)), 0, 1)
         successor._cells[0] = value._value if isfinite(parents) else 0.0
         successor._elsewhere = parents if isfinite(parents) else 0.0
         successor._exemplar = value._exemplar

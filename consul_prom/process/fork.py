@@ -19,22 +19,22 @@ class HasDescriptors(Protocol):
 
 
 NOT_INHERITED: Final[WeakSet[HasDescriptors]] = WeakSet()
-FORKING: Final = threading.RLock()
+FORK_LOCK: Final = threading.RLock()
 """Held while the metrics thread may hold a lock of prometheus_client's: a fork waits for it."""
 
 
 def _before_fork() -> None:
-    FORKING.acquire(timeout=FORK_PATIENCE)  # a collector that hangs must not hold the application's fork
+    FORK_LOCK.acquire(timeout=FORK_PATIENCE)  # a collector that hangs must not hold the application's fork
 
 
 def _after_fork_in_parent() -> None:
     with suppress(RuntimeError):  # it was not acquired
-        FORKING.release()
+        FORK_LOCK.release()
 
 
 def _after_fork_in_child() -> None:
     """Let go of the parent's sockets. A plain close would let their numbers be used again, under our objects' feet."""
-    FORKING._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001  # its owner may be a thread that is gone
+    FORK_LOCK._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001  # its owner may be a thread that is gone
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for thread in list(NOT_INHERITED):
         for descriptor in thread.descriptors():

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from consul_prom.errors import EndpointError
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Passwords:
     """
 
     def __init__(self) -> None:
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
         self._key = secrets.token_bytes(32)
         self._right = _Memory()
         self._wrong = _Memory()

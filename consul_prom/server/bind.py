@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from consul_prom.errors import AgentDenied, AgentError, EndpointError
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ async def find_address(
 
     *ask_agent* gives ``/v1/agent/self`` or raises an AgentError, which *on_failure* gets.
     """
-    ends_at, sparing = time.monotonic() + ASK_AGENT, SparingLog(log)
+    ends_at, sparing = time.monotonic() + ASK_AGENT, ThrottledLogger(log)
     while True:
         try:
             async with asyncio.timeout(max(ends_at - time.monotonic(), 0.1)):

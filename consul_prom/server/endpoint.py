@@ -13,8 +13,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import BaseRequest, RequestHandler, Response, Server, StreamResponse
 
 from consul_prom.errors import EndpointError
-from consul_prom.server.listener import Connection, Connections, Door
-from consul_prom.server.metrics_handler import Render, Scrapes
+from consul_prom.server.listener import Connection, Connections, Listener
+from consul_prom.server.metrics_handler import MetricsHandler, Render
 from consul_prom.server.web_config import WebConfig
 from consul_prom.settings.parsers import Network
 
@@ -44,11 +44,11 @@ class Endpoint:
         web: WebConfig | None = None,
         connections: Connections | None = None,
     ) -> None:
-        self.scrapes = Scrapes(render, on_scrape=on_scrape)
+        self.scrapes = MetricsHandler(render, on_scrape=on_scrape)
         self._about = about
         self._web = web
         self._server = Server(self._handle, handler_cancellation=True)
-        self._door = Door(self._connect, connections=connections, allow=allow, tls=web.tls if web else lambda: None)
+        self._door = Listener(self._connect, connections=connections, allow=allow, tls=web.tls if web else lambda: None)
         self._without_password = ""
 
     async def serve(self, server: socket.socket) -> None:

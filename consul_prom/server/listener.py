@@ -18,16 +18,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 from consul_prom.settings.parsers import Network
 
 log = logging.getLogger(__name__)
 
-PLACES: Final = 128
+MAX_CONNECTIONS: Final = 128
 """Connections of a process, or an eighth of its descriptors if those are fewer than 1,024."""
 FIRST_REQUEST: Final = 10.0
 """Seconds from a connection to the end of its first request's head, a TLS handshake included."""
-SILENCE: Final = 90.0
+IDLE_TIMEOUT: Final = 90.0
 """Seconds from a request to the next, an answer that nobody takes included; scrapes a minute apart stay connected."""
 STALL: Final = 2.0
 """Seconds without progress after which a client that does not take its answer may lose its place."""
@@ -53,7 +53,7 @@ class Connection:
     def heard(self) -> None:
         """A whole request head came."""
         self.safe = time.monotonic()
-        self.until = self.safe + SILENCE
+        self.until = self.safe + IDLE_TIMEOUT
 
     @contextmanager
     def answering(self) -> Iterator[None]:
@@ -83,12 +83,12 @@ class Connections:
     """The connections of all doors of a process: at most *most*."""
 
     def __init__(self, most: int | None = None) -> None:
-        self.most = most or min(PLACES, _descriptors() // 8)
+        self.most = most or min(MAX_CONNECTIONS, _descriptors() // 8)
         self._open: list[Connection] = []
-        self._ready: dict[Door, None] = {}  # in the order in which they may accept
+        self._ready: dict[Listener, None] = {}  # in the order in which they may accept
         self._timer: asyncio.TimerHandle | None = None
 
-    def ready(self, door: "Door") -> None:
+    def ready(self, door: "Listener") -> None:
         """Let *door* accept when its turn has come: a crowd at one port does not keep clients of another one out."""
         if not self._ready:
             asyncio.get_running_loop().call_soon(self._accept)
@@ -142,7 +142,7 @@ class Connections:
         self._open = [connection for connection in self._open if connection.is_open]
 
 
-class Door:
+class Listener:
     """Accepts connections for *protocol*, with the TLS context that *tls* gives at that moment.
 
     *allow* are the networks that may connect, besides this host itself; none means that all may.
@@ -162,7 +162,7 @@ class Door:
         self._tls = tls
         self._listener: socket.socket | None = None
         self._entering: dict[asyncio.Task[None], Connection] = {}
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
         self.turned_away = ""
         """Who was, last, and why; as a sentence, which whoever needs it no more may clear."""
 
@@ -243,4 +243,4 @@ class Door:
 
 def _descriptors() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return PLACES * 8 if soft == resource.RLIM_INFINITY else soft
+    return MAX_CONNECTIONS * 8 if soft == resource.RLIM_INFINITY else soft

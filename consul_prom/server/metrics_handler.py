@@ -11,8 +11,8 @@ from typing import Final
 
 from aiohttp.web import BaseRequest, StreamResponse
 
-from consul_prom.logs import SparingLog
-from consul_prom.process.fork import FORKING
+from consul_prom.logs import ThrottledLogger
+from consul_prom.process.fork import FORK_LOCK
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ CHOSEN_AT_ONCE: Final = 8
 Render = Callable[[str, str, list[str]], tuple[Mapping[str, str], Hashable, Iterable[bytes]]]
 
 
-class Scrapes:
+class MetricsHandler:
     """Answers scrapes, and remembers when they were.
 
     *render* takes the request's Accept, its Accept-Encoding and the ``name[]`` parameters, and gives headers, the names
@@ -47,7 +47,7 @@ class Scrapes:
         self._writing: dict[tuple[Hashable, Hashable], asyncio.Task[_Page]] = {}
         self._one_at_a_time = asyncio.Lock()
         self._read: list[_Page] = []
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
         self._scrapers: dict[asyncio.Transport, float] = {}  # when the last page that each got was begun
         self._sent = 0.0  # when the last page that anybody got was
         self.last: float | None = None
@@ -67,7 +67,7 @@ class Scrapes:
         self._note(request.transport, 0.0)
         page = await self._page(request)
         if page.status == HTTPStatus.OK:
-            with FORKING:
+            with FORK_LOCK:
                 self._on_scrape(time.perf_counter() - begun)
         response, whole = await page.send(request, headers)
         if whole and page.status == HTTPStatus.OK:
@@ -98,7 +98,7 @@ class Scrapes:
             begun_at, begun = time.time(), time.perf_counter()
             while True:
                 try:
-                    with FORKING:
+                    with FORK_LOCK:
                         piece = next(pieces, None)
                 except BaseException as error:  # noqa: BLE001  # whatever an application's collector may raise
                     return self._failed(error)

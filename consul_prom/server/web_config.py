@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from consul_prom.errors import EndpointError
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 from consul_prom.server.basic_auth import Passwords
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class WebConfig:
         self._path = Path(path).absolute()
         self._content = _read(self._path, {})
         self._failure: _Failure | None = None
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
         self._passwords = Passwords()
 
     @property

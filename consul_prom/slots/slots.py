@@ -63,7 +63,7 @@ class Slot:
         _note(self.lock, " ".join(("0", str(process_identity(os.getpid())), *hosts)))
 
     @property
-    def note(self) -> "Note | None":
+    def note(self) -> "OwnerRecord | None":
         """What the slot's file says of who may have left an entry: the last holder that did not settle."""
         return _read(Path(self.lock.lock_file))
 
@@ -155,7 +155,7 @@ def alone(directory: Path, service: str) -> Iterator[None]:
         raise SlotError(f"CONSUL_PROM_DIR={str(directory)!r}: {lock.lock_file} is held by somebody") from error
 
 
-class Remains(NamedTuple):
+class StaleSlot(NamedTuple):
     """A slot whose last process, *pid*, is gone and may have left an entry, in the agent at one of *hosts*."""
 
     service: str
@@ -164,7 +164,7 @@ class Remains(NamedTuple):
     hosts: tuple[str, ...]
 
 
-def remains(directory: Path, service: str = "*") -> list[Remains]:
+def remains(directory: Path, service: str = "*") -> list[StaleSlot]:
     """Where to look for what the dead of *service*, or of all, left. Takes no lock: a newborn might stumble on it.
 
     It is no proof: that is the slot's lock.
@@ -174,7 +174,7 @@ def remains(directory: Path, service: str = "*") -> list[Remains]:
         whose, number, _ = path.name.split(".", 2)
         note = _read(path)
         if note and gone(note.pid, note.identity) and (number.isdecimal() or number == place(MASTER)):
-            found.append(Remains(whose, int(number) if number.isdecimal() else MASTER, note.pid, note.hosts))
+            found.append(StaleSlot(whose, int(number) if number.isdecimal() else MASTER, note.pid, note.hosts))
     return found
 
 
@@ -257,7 +257,7 @@ def _note(lock: FileLock, text: str) -> None:
         os.pwrite(_descriptor(lock), text.encode(), 0)
 
 
-class Note(NamedTuple):
+class OwnerRecord(NamedTuple):
     """What a lock file says of the process that holds it, or held it at last."""
 
     pid: int
@@ -287,10 +287,10 @@ class Note(NamedTuple):
         return is_gone(self.pid, self.identity)
 
 
-def _read(path: Path) -> Note | None:
+def _read(path: Path) -> OwnerRecord | None:
     try:
         pid, identity, *words = path.read_text(encoding="ascii").split()
-        return Note(int(pid), identity, tuple(words))
+        return OwnerRecord(int(pid), identity, tuple(words))
     except (OSError, ValueError):
         return None
 

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from consul_prom.errors import ConsulPromError
 from consul_prom.ledger.file import NEVER, State, ledger_path, peek, read, vacate
 from consul_prom.ledger.registry import last_page
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 from consul_prom.slots import slots
 from consul_prom.slots.slots import Slot
 
@@ -30,14 +30,14 @@ GAPS: Final = 3
 LONGEST: Final = 600.0
 
 
-class GuestLike(Protocol):
+class TargetLike(Protocol):
     """A slot's last page, as a target; one of these ends it."""
 
     async def give_up(self) -> None: ...
     async def retire(self, timeout: float) -> bool: ...
 
 
-Serve = Callable[[Slot, CollectorRegistry, int], Awaitable[GuestLike]]
+Serve = Callable[[Slot, CollectorRegistry, int], Awaitable[TargetLike]]
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class _Adopted:
     """A slot that we serve, until *over*; *size* is that of its note when we last read it."""
 
     slot: Slot
-    guest: GuestLike
+    guest: TargetLike
     path: Path
     state: State
     ends_at: float
@@ -91,7 +91,7 @@ class Adoption:
         self._adopted: dict[int, _Adopted] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
-        self._log = SparingLog(log)
+        self._log = ThrottledLogger(log)
         self._over = False
 
     async def turn(self) -> None:

@@ -13,14 +13,14 @@ from consul_prom.consul.client import AgentClient
 from consul_prom.consul.registration import entry_id, is_of
 from consul_prom.consul.stale import AgentAPI, remove
 from consul_prom.errors import AgentError, ConsulPromError
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 from consul_prom.settings.settings import Settings
 from consul_prom.slots import slots
 from consul_prom.slots.slots import Slot
 from consul_prom.worker.adoption import Adoption
-from consul_prom.worker.master_page import Masters
-from consul_prom.worker.target import Guest
-from consul_prom.worker.target_factory import Site
+from consul_prom.worker.master_page import MasterPage
+from consul_prom.worker.target import ServedTarget
+from consul_prom.worker.target_factory import TargetFactory
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ ROUND: Final = 1.0
 GLANCES: Final = 8
 
 
-class GuestLike(Protocol):
+class TargetLike(Protocol):
     """A page that the caretaker serves for those who cannot, as a target of its own."""
 
     async def retire(self, timeout: float) -> bool: ...
@@ -42,7 +42,7 @@ class AdoptionLike(Protocol):
     async def end(self) -> None: ...
 
 
-class Caretaker:
+class Leader:
     """Removes the entries that dead workers of a service and directory left. All of its workers have one; one works.
 
     It acts on the lock's proof alone, and holds the slot's lock while it does. An agent that fails is asked again.
@@ -58,7 +58,7 @@ class Caretaker:
         service: str,
         host: str,
         masters: Callable[[], object] = lambda: None,
-        receive: Callable[[slots.Slot], Awaitable[GuestLike]] | None = None,
+        receive: Callable[[slots.Slot], Awaitable[TargetLike]] | None = None,
         adoption: AdoptionLike | None = None,
         patience: float = 1.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -72,8 +72,8 @@ class Caretaker:
         self._receive = receive
         self._adoption = adoption
         self._patience = patience
-        self._guest: GuestLike | None = None
-        self._log = SparingLog(log)
+        self._guest: TargetLike | None = None
+        self._log = ThrottledLogger(log)
         self._sleep = sleep
 
     async def run(self) -> None:
@@ -165,18 +165,18 @@ class Caretaker:
             return None
 
 
-async def take_care(settings: Settings, client: AgentClient, site: Site, *, start_took: float) -> None:
+async def run_leader(settings: Settings, client: AgentClient, site: TargetFactory, *, start_took: float) -> None:
     """For ever; whose pages have to be served, are guests of *site*. *start_took*: seconds that a worker's start takes.
 
     Raises nothing.
     """
-    masters = Masters(settings.dir, settings.service)
+    masters = MasterPage(settings.dir, settings.service)
     patience = 0.8 * settings.stop_timeout
 
-    async def receive(slot: Slot) -> Guest:
+    async def receive(slot: Slot) -> ServedTarget:
         return await site.receive(client, slot, masters.registry())
 
-    async def adopt(slot: Slot, page: CollectorRegistry, port: int) -> Guest:
+    async def adopt(slot: Slot, page: CollectorRegistry, port: int) -> ServedTarget:
         return await site.receive(client, slot, page, port=port, adopted=True)
 
     adoption = Adoption(
@@ -189,7 +189,7 @@ async def take_care(settings: Settings, client: AgentClient, site: Site, *, star
         complete=masters.complete,
         slowest_start=start_took,
     )
-    caretaker = Caretaker(
+    caretaker = Leader(
         client,
         directory=settings.dir,
         service=settings.service,

@@ -13,7 +13,7 @@ from consul_prom.process.identity import is_gone
 LOG_LINES: Final = ("gunicorn_log_lines", "Lines of Gunicorn's error log, of the level and above that it is set to.")
 
 
-class Masters:
+class MasterPage:
     """The live masters of a service and directory, as a collector for their page."""
 
     def __init__(self, directory: Path, service: str) -> None:

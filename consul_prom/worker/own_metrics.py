@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info, Summary
 
 from consul_prom import __version__
 from consul_prom.errors import EndpointError
-from consul_prom.process.fork import FORKING
+from consul_prom.process.fork import FORK_LOCK
 
 
 class OwnMetrics:
@@ -57,15 +57,15 @@ class OwnMetrics:
         self._registered.set_function(registered)
 
     def tell(self, *, host: str, slot: int) -> None:
-        with FORKING:
+        with FORK_LOCK:
             self._info.info({"version": __version__, "host": host, "slot": str(slot)})
 
     def registered(self, reason: str) -> None:
-        with FORKING:
+        with FORK_LOCK:
             self._registrations.labels(reason).inc()
 
     def failed(self, reason: str) -> None:
-        with FORKING:
+        with FORK_LOCK:
             self._failures.labels(reason).inc()
 
     def scraped(self, seconds: float) -> None:

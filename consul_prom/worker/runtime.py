@@ -16,12 +16,12 @@ from prometheus_client import CollectorRegistry
 
 from consul_prom.consul.client import AgentClient
 from consul_prom.consul.registration import Registration
-from consul_prom.consul.slot_registration import Tenancy
+from consul_prom.consul.slot_registration import SlotRegistration
 from consul_prom.errors import ConsulPromError, EndpointError, LedgerError, SlotError
 from consul_prom.ledger.file import Ledger, discard, is_large, ledger_path
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 from consul_prom.process import exit_hooks
-from consul_prom.process.fork import FORKING
+from consul_prom.process.fork import FORK_LOCK
 from consul_prom.process.identity import process_age, process_identity
 from consul_prom.process.metrics_thread import MetricsThread
 from consul_prom.process.signals import Signals
@@ -30,23 +30,23 @@ from consul_prom.server.endpoint import Endpoint
 from consul_prom.settings.settings import Settings
 from consul_prom.slots.slots import Slot
 from consul_prom.worker.drain import await_scrape
-from consul_prom.worker.leader import take_care
+from consul_prom.worker.leader import run_leader
 from consul_prom.worker.own_metrics import OwnMetrics
-from consul_prom.worker.scrape_watchdog import Vigil
-from consul_prom.worker.target_factory import Site
+from consul_prom.worker.scrape_watchdog import ScrapeWatchdog
+from consul_prom.worker.target_factory import TargetFactory
 
 log = logging.getLogger(__name__)
 
 LEAST: Final = 0.1
 
 
-class Life:
+class WorkerRuntime:
     """What a started worker has; one for each registry of the process, however many Workers it has.
 
     Its coroutines run in the metrics thread.
     """
 
-    of_registry: ClassVar[dict[CollectorRegistry, "Life"]] = {}
+    of_registry: ClassVar[dict[CollectorRegistry, "WorkerRuntime"]] = {}
     sharing: ClassVar[threading.RLock] = threading.RLock()
 
     def __init__(self, settings: Settings, registry: CollectorRegistry) -> None:
@@ -57,7 +57,7 @@ class Life:
         self.thread = MetricsThread()
         self._pid = os.getpid()
         self._registry = registry
-        self._site = Site(settings)
+        self._site = TargetFactory(settings)
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._caring: asyncio.Task[None] | None = None
@@ -70,11 +70,11 @@ class Life:
         self._signals = Signals()
         self._start_took = process_age(process_identity(self._pid))
         self._metrics = OwnMetrics(registry)
-        self.tenancy = Tenancy(settings, on_registration=self._registered, on_failure=self._metrics.failed)
+        self.tenancy = SlotRegistration(settings, on_registration=self._registered, on_failure=self._metrics.failed)
         self._metrics.show(lambda: self.tenancy.registered)
         self._first_slot: Slot | None = None
         self._ledger: Ledger | None = None
-        self._continued: ContinuedRegistry | None = None
+        self._continued: LedgerRegistry | None = None
         self._decided = False
         with suppress(SlotError):  # `run` tries it again, and logs why
             slot = self._enter()
@@ -82,7 +82,7 @@ class Life:
                 self._continue(slot)
 
     @classmethod
-    def shared(cls, settings: Settings, registry: CollectorRegistry) -> "Life":
+    def shared(cls, settings: Settings, registry: CollectorRegistry) -> "WorkerRuntime":
         """The life that the registry has in this process, or a new one."""
         life = cls.of_registry.get(registry)
         if life and not life.mine:
@@ -116,7 +116,7 @@ class Life:
         try:
             if self.settings.ledger and slot.boot:
                 ledger = Ledger.take_over(self._path_of(slot), boot=slot.boot, instance=self.tenancy.instance)
-                self._continued = ContinuedRegistry(self._registry, ledger)
+                self._continued = LedgerRegistry(self._registry, ledger)
                 self._ledger = ledger
                 return
         except LedgerError as error:
@@ -261,7 +261,7 @@ class Life:
         """From the address on, until cancelled."""
         self._task = asyncio.current_task()
         try:
-            with FORKING:  # a child forked in the middle of an import could never import the same
+            with FORK_LOCK:  # a child forked in the middle of an import could never import the same
                 self._client = AgentClient(self.settings)
             listener = await self.tenancy.persist(partial(self._settle, self._client))
             registry = self._continued or self._registry
@@ -270,7 +270,7 @@ class Life:
                 self._ledger.port = listener.getsockname()[1]
             await self._endpoint.serve(listener)
             self._caring = asyncio.create_task(
-                take_care(self.settings, self._client, self._site, start_took=self._start_took)
+                run_leader(self.settings, self._client, self._site, start_took=self._start_took)
             )
             vigil = asyncio.create_task(self._vigil(self._endpoint))
             try:
@@ -301,7 +301,7 @@ class Life:
             name = self.settings.consul_service
             return f"Prometheus does not look for {name} (consul-prom config prometheus), or {reach}"
 
-        await Vigil(
+        await ScrapeWatchdog(
             who=lambda: self.tenancy.instance,
             registered=lambda: self.tenancy.registered,
             last_scrape=lambda: endpoint.scrapes.last,
@@ -373,7 +373,7 @@ class Life:
         }
 
 
-os.register_at_fork(after_in_child=Life.sharing._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001
+os.register_at_fork(after_in_child=WorkerRuntime.sharing._at_fork_reinit)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 async def _end_of(task: asyncio.Task[None], timeout: float) -> None:

@@ -17,7 +17,7 @@ LEAST: Final = 15.0
 GAPS: Final = 4
 
 
-class Vigil:
+class ScrapeWatchdog:
     """One worker's. *who* is it, in words; *last_scrape* gives seconds since 1970; *cause* is the probable one."""
 
     def __init__(

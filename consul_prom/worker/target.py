@@ -20,7 +20,7 @@ class Serving(Protocol):
     def __call__(self, *, about: Callable[[], Mapping[str, str]]) -> Endpoint: ...
 
 
-class Guest:
+class ServedTarget:
     """Lives in the metrics thread from `start` to `give_up` or `retire`, one of which must come.
 
     *intact* tells whether what gives us the right to the ID is still ours; *serving* makes its endpoint.

@@ -13,17 +13,17 @@ from consul_prom.consul.client import AgentClient
 from consul_prom.consul.registration import Registration, build, origin
 from consul_prom.errors import EndpointError
 from consul_prom.exposition.renderer import Renderer
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 from consul_prom.server.bind import listen
 from consul_prom.server.endpoint import Endpoint
 from consul_prom.server.listener import Connections
 from consul_prom.server.web_config import WebConfig
 from consul_prom.settings.settings import Settings
 from consul_prom.slots.slots import Slot
-from consul_prom.worker.target import Guest
+from consul_prom.worker.target import ServedTarget
 
 
-class Site:
+class TargetFactory:
     """One address, and a port for each slot that is served there: the worker's own, and those of guests."""
 
     def __init__(self, settings: Settings) -> None:
@@ -53,7 +53,7 @@ class Site:
 
     def endpoint(
         self,
-        registry: CollectorRegistry | ContinuedRegistry,
+        registry: CollectorRegistry | LedgerRegistry,
         *,
         about: Callable[[], Mapping[str, str]],
         on_scrape: Callable[[float], None] = lambda _seconds: None,
@@ -82,10 +82,10 @@ class Site:
 
     async def receive(
         self, client: AgentClient, slot: Slot, registry: CollectorRegistry, *, port: int = 0, adopted: bool = False
-    ) -> Guest:
+    ) -> ServedTarget:
         """A guest in *slot*, on a socket of its own; *port* is where the slot was served before."""
         listener = self.listen(slot.number, before=port)
-        guest = Guest(
+        guest = ServedTarget(
             client,
             self.registration(slot, listener, adopted=adopted),
             listener,

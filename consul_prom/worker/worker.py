@@ -14,7 +14,7 @@ from consul_prom.ledger.parent_counts import FORK
 from consul_prom.logs import first_time
 from consul_prom.process import exit_hooks
 from consul_prom.settings.settings import NO_SERVICE, Arguments, Settings, check_worker, load, switch
-from consul_prom.worker.runtime import Life
+from consul_prom.worker.runtime import WorkerRuntime
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +39,8 @@ class Worker:
         self._misset: SettingsError | None = None
         self._required = switch("required", arguments)
         self._disabled = switch("disabled", arguments)
-        self._life: Life | None = None
-        self._ending: Life | None = None
+        self._life: WorkerRuntime | None = None
+        self._ending: WorkerRuntime | None = None
         self._left = False
         try:
             self._settings = load(arguments)
@@ -90,7 +90,7 @@ class Worker:
     @property
     def served(self) -> bool:
         """Whether this process serves the registry: after our own stop, Gunicorn's hooks or others may go on."""
-        life = Life.of_registry.get(self._registry)
+        life = WorkerRuntime.of_registry.get(self._registry)
         return bool(life and life.mine)
 
     def start(self, *, loop: asyncio.AbstractEventLoop | None = None, keeps: bool = True) -> None:
@@ -126,8 +126,8 @@ class Worker:
         assert self._settings  # noqa: S101  # one of the two is there
         check_worker(self._settings)
         exit_hooks.expect(self.stop)  # first: who lingers must see its handler
-        with Life.sharing:
-            self._life = Life.shared(self._settings, self._registry)
+        with WorkerRuntime.sharing:
+            self._life = WorkerRuntime.shared(self._settings, self._registry)
             self._life.start(loop)
             if not keeps:
                 self._left = True
@@ -173,7 +173,7 @@ class Worker:
     def _stop(self, *, last: bool) -> None:
         life, self._life = self._life, None
         if life and life.mine:
-            with Life.sharing:
+            with WorkerRuntime.sharing:
                 life.users -= 1
                 life.leavers -= self._left
                 self._left = False
@@ -183,7 +183,7 @@ class Worker:
                 life.stop()
                 self._ending = None
 
-    def _await_registration(self, life: "Life", timeout: float) -> None:
+    def _await_registration(self, life: "WorkerRuntime", timeout: float) -> None:
         ends_at = time.monotonic() + timeout
         while not life.tenancy.registered:
             if life.failure:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from consul_prom.cli import main as cli_main
 from consul_prom.consul.acl import write_rule
 from consul_prom.consul.client import AgentClient
-from consul_prom.consul.sync_client import deregister_now, remove_now, service_now
+from consul_prom.consul.sync_client import deregister_sync, remove_sync, service_sync
 from consul_prom.errors import AgentError, SettingsError
 from consul_prom.settings.settings import load
 from consul_prom.worker.worker import Worker
@@ -96,9 +96,9 @@ async def _shown(arguments: dict[str, str]) -> list[str]:
         except AgentError as error:
             shown += _causes(error)
     for ask_now in (
-        lambda: deregister_now(settings, "x", timeout=5),
-        lambda: service_now(settings, "x", timeout=5),
-        lambda: remove_now(settings, {"ID": "x", "Service": "x"}, timeout=5),
+        lambda: deregister_sync(settings, "x", timeout=5),
+        lambda: service_sync(settings, "x", timeout=5),
+        lambda: remove_sync(settings, {"ID": "x", "Service": "x"}, timeout=5),
     ):
         try:
             ask_now()

@@ -16,9 +16,9 @@ import consul_prom
 from consul_prom.cli import main as cli_main
 from consul_prom.generate import scrape_config
 from consul_prom.generate.settings_table import settings_table
-from consul_prom.gunicorn.stats import Tally
+from consul_prom.gunicorn.stats import MasterStats
 from consul_prom.settings.settings import load
-from consul_prom.worker.master_page import Masters
+from consul_prom.worker.master_page import MasterPage
 from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import Gunicorn
@@ -122,8 +122,8 @@ def test_own_metrics() -> None:
 
 def test_metrics_of_the_master(slot_directory: Path) -> None:
     """The metrics that are named are those that the masters' page has, the reasons and labels too."""
-    Tally(slot_directory, "shop")
-    page = generate_latest(Masters(slot_directory, "shop").registry()).decode()
+    MasterStats(slot_directory, "shop")
+    page = generate_latest(MasterPage(slot_directory, "shop").registry()).decode()
     assert set(re.findall(r"`(gunicorn_\w+)`", README)) == set(re.findall(r"^# TYPE (\w+)", page, re.MULTILINE))
     (reasons,) = re.findall(r"by `reason`: (.*?);", README, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", reasons)) == set(re.findall(r'reason="(\w+)"', page))

@@ -24,7 +24,7 @@ from prometheus_client.openmetrics.exposition import generate_latest
 
 from consul_prom.exposition.renderer import Renderer
 from consul_prom.ledger.file import Ledger
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 
 ACCEPT = "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8"
 LINES = 17  # of a histogram of the default buckets
@@ -40,7 +40,7 @@ def main(rounds: int, series: int) -> None:
         ledger = Ledger.take_over(Path(directory, "shop.0.ledger"), boot="b", instance="web-1:0")
         sources = [
             Side("", registries[0][0], registries[0][1]),
-            Side("ledger: ", ContinuedRegistry(registries[1][0], ledger), registries[1][1]),
+            Side("ledger: ", LedgerRegistry(registries[1][0], ledger), registries[1][1]),
         ]
         measure(sources, rounds)
         page = write(Renderer(sources[0].source))
@@ -54,7 +54,7 @@ class Side(NamedTuple):
     """One way to count: what its rows are called, where pages come from, and for each series what changes it."""
 
     name: str
-    source: CollectorRegistry | ContinuedRegistry
+    source: CollectorRegistry | LedgerRegistry
     uses: list[Callable[[], Any]]
 
 

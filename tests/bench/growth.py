@@ -11,7 +11,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from consul_prom.ledger.file import Ledger, ledger_path
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 
 
 def live(path: Path, life: int, sets: int) -> float:
@@ -22,7 +22,7 @@ def live(path: Path, life: int, sets: int) -> float:
     begun = time.perf_counter()
     ledger = Ledger.take_over(path, boot="b", instance="web-1:0")
     seconds = time.perf_counter() - begun
-    continued = ContinuedRegistry(registry, ledger)
+    continued = LedgerRegistry(registry, ledger)
     for number in range(sets):
         hits.labels(f"/{life}/{number}").inc()
     took.labels(f"/{life}").observe(1)

@@ -23,9 +23,9 @@ if way == "multiprocess":
 from prometheus_client import CollectorRegistry, Counter, Histogram
 registry = CollectorRegistry()
 if way == "ledger":
-    from consul_prom.ledger.registry import ContinuedRegistry
+    from consul_prom.ledger.registry import LedgerRegistry
     from consul_prom.ledger.file import Ledger
-    ContinuedRegistry(registry, Ledger.take_over(Path(directory, "shop.0.ledger"), boot="b", instance="web-1:0"))
+    LedgerRegistry(registry, Ledger.take_over(Path(directory, "shop.0.ledger"), boot="b", instance="web-1:0"))
 counter, histogram = Counter("c", "-", registry=registry), Histogram("h", "-", registry=registry)
 counters = Counter("cs", "-", ["method", "route"], registry=registry)
 histograms = Histogram("hs", "-", ["method", "route"], registry=registry)

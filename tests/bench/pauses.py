@@ -25,7 +25,7 @@ from typing import Any
 
 from consul_prom.exposition.renderer import Renderer
 from consul_prom.ledger.file import Ledger
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 from consul_prom.process.metrics_thread import MetricsThread
 from consul_prom.server.bind import listen
 from consul_prom.server.endpoint import Endpoint
@@ -85,7 +85,7 @@ def measure(way: str, seconds: float, series: int) -> dict[str, float]:
         if way == "ledger":
             path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "shop.0.ledger")
             ledger = Ledger.take_over(path, boot="b", instance="web-1:0")
-            renders[way] = Renderer(ContinuedRegistry(registry, ledger)).render
+            renders[way] = Renderer(LedgerRegistry(registry, ledger)).render
         if way in renders:
             stack.enter_context(scraped(renders[way]))
         took = sorted(asyncio.run(serve(uses, seconds)))

@@ -72,7 +72,7 @@ def spread(values: Sequence[float], form: str = ".1f") -> str:
 
 
 @dataclass(slots=True)
-class Tally:
+class MasterStats:
     """What passed: requests, bytes either way, connections opened, and for how many seconds all in all."""
 
     requests: int = 0
@@ -86,7 +86,7 @@ class Tally:
 class _Connection:
     opened_at: float
     slot: int | None = None
-    tally: Tally = field(default_factory=Tally)
+    tally: MasterStats = field(default_factory=MasterStats)
 
 
 class Forwarder:
@@ -96,7 +96,7 @@ class Forwarder:
         self._upstream = urlsplit(upstream)
         self._address = own_address()
         self._open: set[_Connection] = set()
-        self._closed: dict[int | None, Tally] = {}
+        self._closed: dict[int | None, MasterStats] = {}
         self._loop = asyncio.SelectorEventLoop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="forwarder", daemon=True)
 
@@ -116,12 +116,12 @@ class Forwarder:
         self._thread.join(DEADLINE)
         self._loop.close()
 
-    def tally(self, wanted: Callable[[int], bool]) -> Tally:
+    def tally(self, wanted: Callable[[int], bool]) -> MasterStats:
         """Of the slots that are *wanted*, until now; not of what named none."""
         return asyncio.run_coroutine_threadsafe(self._sum(wanted), self._loop).result(DEADLINE)
 
-    async def _sum(self, wanted: Callable[[int], bool]) -> Tally:
-        total, now = Tally(), time.monotonic()
+    async def _sum(self, wanted: Callable[[int], bool]) -> MasterStats:
+        total, now = MasterStats(), time.monotonic()
         for slot, tally in self._closed.items():
             if slot is not None and wanted(slot):
                 _add(total, tally, tally.seconds)
@@ -151,7 +151,7 @@ class Forwarder:
             writer.close()
         finally:
             self._open.discard(connection)
-            total = self._closed.setdefault(connection.slot, Tally())
+            total = self._closed.setdefault(connection.slot, MasterStats())
             _add(total, connection.tally, time.monotonic() - connection.opened_at)
 
     async def _stop(self) -> None:
@@ -162,7 +162,7 @@ class Forwarder:
         await asyncio.gather(*others, return_exceptions=True)
 
 
-def _add(total: Tally, tally: Tally, seconds: float) -> None:
+def _add(total: MasterStats, tally: MasterStats, seconds: float) -> None:
     total.requests += tally.requests
     total.sent += tally.sent
     total.received += tally.received
@@ -215,8 +215,8 @@ class _Reading(NamedTuple):
     """Counters at a moment. `application` is the load of the main threads, which only our lag probe wakes."""
 
     at: float
-    holding: Tally
-    polling: Tally
+    holding: MasterStats
+    polling: MasterStats
     workers: Load
     application: Load
     agent: Load
@@ -249,7 +249,9 @@ def _rates(readings: Sequence[_Reading], value: Callable[[_Reading], float], sca
     return [(value(after) - value(before)) / (after.at - before.at) * scale for before, after in pairwise(readings)]
 
 
-def _print_talk(title: str, count: int, tallies: Callable[[_Reading], Tally], readings: Sequence[_Reading]) -> None:
+def _print_talk(
+    title: str, count: int, tallies: Callable[[_Reading], MasterStats], readings: Sequence[_Reading]
+) -> None:
     if not count:
         return
     rows: dict[str, tuple[list[float], str]] = {

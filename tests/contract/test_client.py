@@ -11,7 +11,7 @@ import pytest
 import trustme
 
 from consul_prom.consul.client import AgentClient
-from consul_prom.consul.sync_client import deregister_now
+from consul_prom.consul.sync_client import deregister_sync
 from consul_prom.errors import (
     AgentRejected,
     AgentUnreachable,
@@ -37,14 +37,14 @@ async def test_unix_socket(tmp_path: Path) -> None:
         client = AgentClient(settings(path))
         await client.register(DOCUMENT)
         await client.aclose()
-        assert deregister_now(settings(path), DOCUMENT["ID"], timeout=5) is True
-        assert deregister_now(settings(path), DOCUMENT["ID"], timeout=5) is False
+        assert deregister_sync(settings(path), DOCUMENT["ID"], timeout=5) is True
+        assert deregister_sync(settings(path), DOCUMENT["ID"], timeout=5) is False
     client = AgentClient(settings(path))
     with pytest.raises(AgentUnreachable, match="No such file"):
         await client.self_()
     await client.aclose()
     with pytest.raises(AgentUnreachable, match="No such file"):
-        deregister_now(settings(path), DOCUMENT["ID"], timeout=5)
+        deregister_sync(settings(path), DOCUMENT["ID"], timeout=5)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ async def test_tls(tls_consul: Consul, files: dict[str, str]) -> None:
     client = AgentClient(right)
     await client.register(DOCUMENT)
     await client.aclose()
-    assert deregister_now(right, DOCUMENT["ID"], timeout=5) is True
+    assert deregister_sync(right, DOCUMENT["ID"], timeout=5) is True
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ async def test_tls_trouble(
         await client.self_()
     await client.aclose()
     with pytest.raises(AgentUnreachable, match=words):
-        await asyncio.to_thread(deregister_now, wrong, "x", timeout=5)
+        await asyncio.to_thread(deregister_sync, wrong, "x", timeout=5)
 
 
 async def test_expired(authority: trustme.CA, tls_consul: Consul, files: dict[str, str], tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ async def test_expired(authority: trustme.CA, tls_consul: Consul, files: dict[st
     with pytest.raises(AgentUnreachable, match=r"(?i)CERTIFICATE.EXPIRED"):
         await client.self_()
     with pytest.raises(AgentUnreachable, match=r"(?i)CERTIFICATE.EXPIRED"):
-        await asyncio.to_thread(deregister_now, rotated, "x", timeout=5)
+        await asyncio.to_thread(deregister_sync, rotated, "x", timeout=5)
     for name, path in paths.items():
         shutil.copy(tls_arguments(files)[name], path)
     await round_trip(client)

@@ -105,7 +105,7 @@ async def agent(request: pytest.FixtureRequest) -> AsyncIterator[Agent]:
         await agent.forget()
 
 
-class Life(Protocol):
+class WorkerRuntime(Protocol):
     """An agent that a test may end and start again."""
 
     @property
@@ -131,7 +131,7 @@ class RealLife:
 
 
 @pytest.fixture(params=["dev", "real"])
-async def life(request: pytest.FixtureRequest) -> AsyncIterator[Life]:
+async def life(request: pytest.FixtureRequest) -> AsyncIterator[WorkerRuntime]:
     if request.param == "dev":
         async with DevAgent() as agent:
             yield agent
@@ -738,7 +738,7 @@ async def test_many_watches(agent: Agent, document: Document) -> None:
 # The agent's own life
 
 
-async def test_stop_answers(life: Life, document: Document) -> None:
+async def test_stop_answers(life: WorkerRuntime, document: Document) -> None:
     """Agent answers those who block with the same hash when it is told to stop, then refuses connections."""
     async with agent_at(life.url) as agent:
         known = await hash_of(agent, document)
@@ -751,7 +751,7 @@ async def test_stop_answers(life: Life, document: Document) -> None:
             await agent.service(document["ID"])
 
 
-async def test_kill_resets(life: Life, document: Document) -> None:
+async def test_kill_resets(life: WorkerRuntime, document: Document) -> None:
     """Agent breaks the connections of those who block when it is killed."""
     async with agent_at(life.url) as agent:
         known = await hash_of(agent, document)
@@ -761,7 +761,7 @@ async def test_kill_resets(life: Life, document: Document) -> None:
                 await watch
 
 
-async def test_restart_forgets(life: Life, document: Document) -> None:
+async def test_restart_forgets(life: WorkerRuntime, document: Document) -> None:
     """Agent without a data directory knows nothing after a restart, and gives the same content the same hash."""
     async with agent_at(life.url) as agent:
         known = await hash_of(agent, document)

@@ -23,7 +23,7 @@ from consul_prom.cli import main as cli_main
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.generate.settings_table import settings_table
 from consul_prom.ledger.file import Ledger
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 from consul_prom.process.identity import process_identity
 from consul_prom.settings.settings import ROWS
 from tests.services.consul import Consul
@@ -335,7 +335,7 @@ def test_list_ledger(run: Run, slot_directory: Path) -> None:
         registry = CollectorRegistry()
         hits = Counter("hits", "-", ["x"], registry=registry)
         seconds = Histogram("seconds", "-", registry=registry)
-        book = ContinuedRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:3", now=now))
+        book = LedgerRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:3", now=now))
         hits.labels(str(now)).inc(2)
         seconds.observe(7)
         book.close()

@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 from consul_prom.devagent import DevAgent
 from consul_prom.generate import scrape_config
 from consul_prom.settings.settings import load
-from consul_prom.worker.master_page import Masters
+from consul_prom.worker.master_page import MasterPage
 from tests import ROOT
 from tests.services.consul import Consul
 from tests.services.gunicorn import HOOKS, Gunicorn
@@ -215,6 +215,6 @@ def test_names_are_ours(tmp_path: Path) -> None:
     assert len(ours) >= 5
     known = {name for collector in REGISTRY._collector_to_names.values() for name in collector}
     requests = {"http_requests_total", "http_request_duration_seconds", "consul_prom_worker_info"}
-    masters = {name for it in Masters(tmp_path, "shop").collect() for name in (it.name, f"{it.name}_total")}
+    masters = {name for it in MasterPage(tmp_path, "shop").collect() for name in (it.name, f"{it.name}_total")}
     assert ours <= known | requests | masters
     assert load({"port": "8001-8049"}, environ={}).port.last == 8049

@@ -93,7 +93,7 @@ PASSING = {429, 500, 503}
 
 
 @dataclass(slots=True)
-class Outcome:
+class ReapResult:
     """What a fault did."""
 
     troubles: set[str] = field(default_factory=set)
@@ -114,9 +114,9 @@ def short_module() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(agent: Consul, short_module: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def outcomes(agent: Consul, short_module: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReapResult]:
     """What each of the faults did, from when it began until its end was noticed."""
-    directory, found = tmp_path_factory.mktemp("answers"), {name: Outcome() for name in FAULTS}
+    directory, found = tmp_path_factory.mktemp("answers"), {name: ReapResult() for name in FAULTS}
     with ExitStack() as stack:
         scenes = {
             name: stack.enter_context(Scene(agent, directory / str(number), f"web-{number}", registered=False))
@@ -142,7 +142,7 @@ def outcomes(agent: Consul, short_module: None, tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_fault(outcomes: dict[str, Outcome], name: str) -> None:
+def test_fault(outcomes: dict[str, ReapResult], name: str) -> None:
     """What goes wrong is one line that names it; when it is over, the lost entry is there again."""
     outcome = outcomes[name]
     assert any(re.search(FAULTS[name][1], trouble) for trouble in outcome.troubles), outcome

@@ -22,7 +22,7 @@ from consul_prom.ledger import file as ledger_file
 from consul_prom.ledger import registry as ledger_registry
 from consul_prom.ledger import values as ledger_values
 from consul_prom.ledger.file import Ledger
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 
 OURS: Final = {module.__file__ for module in (ledger_values, ledger_registry, ledger_file)}
 KILLED: Final = 9
@@ -66,7 +66,7 @@ class Shop:
         if tally:
             self.inc("early", 3)
             self.inc("old", 4)
-        self.continued = ContinuedRegistry(
+        self.continued = LedgerRegistry(
             self.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=1_000_000)
         )
 

@@ -19,21 +19,21 @@ from prometheus_client import CollectorRegistry
 from consul_prom import Worker
 from consul_prom.consul import stale
 from consul_prom.consul.client import AgentClient
-from consul_prom.consul.stale import Entry, Outcome, Verdict
+from consul_prom.consul.stale import Entry, Liveness, ReapResult
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout, AgentUnreachable, EndpointError
 from consul_prom.process.identity import process_identity
 from consul_prom.settings.settings import load
 from consul_prom.slots import slots
 from consul_prom.slots.directory import prepare
-from consul_prom.worker.leader import Caretaker
+from consul_prom.worker.leader import Leader
 from tests.services.waiting import eventually, wait_until
 from tests.services.workers import Workers, meta, put
 
 ME = os.getpid()
 
 
-def judge(entry: Entry, *, host: str = "web-1") -> Verdict:
+def judge(entry: Entry, *, host: str = "web-1") -> Liveness:
     with stale.judged(entry, host=host) as verdict:
         return verdict
 
@@ -67,8 +67,8 @@ def dead_pid() -> int:
     return process.pid
 
 
-def swept(agent: DevAgent, *, forced: bool = False, dry_run: bool = False) -> dict[str, Outcome]:
-    async def sweep() -> dict[str, Outcome]:
+def swept(agent: DevAgent, *, forced: bool = False, dry_run: bool = False) -> dict[str, ReapResult]:
+    async def sweep() -> dict[str, ReapResult]:
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
         try:
             found = await stale.entries(client)
@@ -122,7 +122,7 @@ def test_killed_worker_goes(agent: DevAgent, workers: Workers) -> None:
         "shop.web-1.1": "removed",
         "shop.web-1.2": "kept",
     }
-    assert outcomes["shop.web-1.1"].verdict == Verdict("dead", "the lock of its slot is free")
+    assert outcomes["shop.web-1.1"].verdict == Liveness("dead", "the lock of its slot is free")
     assert known(agent) == {"shop.web-1.0", "shop.web-1.2"}
 
 
@@ -155,7 +155,7 @@ def test_wiped_lock_files(agent: DevAgent, workers: Workers, slot_directory: Pat
     (lock,) = slot_directory.glob("*.lock")
     lock.unlink()
     outcome = swept(agent)["shop.web-1.0"]
-    assert outcome.verdict == Verdict("alive", f"the process {process.pid} lives")
+    assert outcome.verdict == Liveness("alive", f"the process {process.pid} lives")
     assert not lock.exists()
 
 
@@ -244,17 +244,17 @@ def test_host_in_upper_case() -> None:
 
 def test_process_proof() -> None:
     """Of the same boot and namespace, a process is alive, gone, or a later one of the same pid."""
-    assert judge(entry(proc=proc(), pid=str(ME))) == Verdict("alive", f"the process {ME} lives")
-    assert judge(entry(proc=proc(ticks="1"), pid=str(ME))) == Verdict("dead", f"the process {ME} is a later one")
+    assert judge(entry(proc=proc(), pid=str(ME))) == Liveness("alive", f"the process {ME} lives")
+    assert judge(entry(proc=proc(ticks="1"), pid=str(ME))) == Liveness("dead", f"the process {ME} is a later one")
     gone = dead_pid()
-    assert judge(entry(proc=proc(), pid=str(gone))) == Verdict("dead", f"the process {gone} is gone")
+    assert judge(entry(proc=proc(), pid=str(gone))) == Liveness("dead", f"the process {gone} is gone")
 
 
 def test_hidden_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that exists but that /proc does not show (hidepid) is not taken for gone."""
     real = process_identity
     monkeypatch.setattr(stale, "process_identity", lambda pid: real(pid) if pid == ME else None)
-    assert judge(entry(proc=proc(), pid="1")) == Verdict(
+    assert judge(entry(proc=proc(), pid="1")) == Liveness(
         "unknown", _with_directory_gone("the process 1 cannot be seen")
     )
 
@@ -456,7 +456,7 @@ class TestCaretaker:
         again = workers.start()
         workers.hold(again)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
-        caring = Caretaker(client, directory=slot_directory, service="shop", host="web-1")
+        caring = Leader(client, directory=slot_directory, service="shop", host="web-1")
         agent.fault = Fault(status=500)
         await caring.sweep()
         assert workers.entries(dead.pid)
@@ -494,7 +494,7 @@ class TestCaretaker:
         dead = workers.start()
         workers.kill(dead)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
-        caring = Caretaker(client, directory=slot_directory, service="shop", host="web-1")
+        caring = Leader(client, directory=slot_directory, service="shop", host="web-1")
         put(agent, "shop.web-1.0", meta(dir="0123456789abcdef:/gone/slots"))
         await caring.sweep()
         assert list(agent.state.services) == ["shop.web-1.0"]
@@ -520,7 +520,7 @@ class TestCaretaker:
         agent.fault = None
         assert workers.entries(dead.pid)
         client = AgentClient(load({"consul_http_addr": agent.url}, environ={}))
-        await Caretaker(client, directory=slot_directory, service="shop", host="web-1").sweep()
+        await Leader(client, directory=slot_directory, service="shop", host="web-1").sweep()
         assert not workers.entries(dead.pid)
         await client.aclose()
 
@@ -575,7 +575,7 @@ class Inn:
         self._rounds = asyncio.Semaphore(0)
         self._arrived = asyncio.Event()
         prepare(directory)
-        self.caretaker = Caretaker(
+        self.caretaker = Leader(
             agent,
             directory=directory,
             service="shop",
@@ -752,7 +752,7 @@ async def test_adoption(slot_directory: Path) -> None:
 
     prepare(slot_directory)
     working = asyncio.create_task(
-        Caretaker(
+        Leader(
             FakeAgent({}), directory=slot_directory, service="shop", host="web-1", adoption=adoption, sleep=sleep
         ).run()
     )

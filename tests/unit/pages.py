@@ -6,7 +6,7 @@ from typing import NamedTuple
 from prometheus_client import CollectorRegistry
 
 from consul_prom.exposition.renderer import Renderer
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 
 
 class Page(NamedTuple):
@@ -15,7 +15,7 @@ class Page(NamedTuple):
 
 
 def render(
-    source: CollectorRegistry | ContinuedRegistry | Renderer,
+    source: CollectorRegistry | LedgerRegistry | Renderer,
     *,
     accept: str = "",
     accept_encoding: str = "",

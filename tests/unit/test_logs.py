@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from consul_prom.logs import HOUR, MOST_FAILURES, MOST_LINES, REPEAT, SparingLog, first_time
+from consul_prom.logs import HOUR, MOST_FAILURES, MOST_LINES, REPEAT, ThrottledLogger, first_time
 from tests.conftest import Clock
 from tests.services.workers import PACKAGE
 
@@ -15,16 +15,16 @@ log = logging.getLogger(__name__)
 
 
 @pytest.fixture
-def sparing(clock: Clock, caplog: pytest.LogCaptureFixture) -> SparingLog:
+def sparing(clock: Clock, caplog: pytest.LogCaptureFixture) -> ThrottledLogger:
     caplog.set_level(logging.DEBUG)
-    return SparingLog(log, clock=clock)
+    return ThrottledLogger(log, clock=clock)
 
 
 def _said(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     return [(record.levelname, record.getMessage()) for record in caplog.records]
 
 
-def test_begins_lasts_and_ends(sparing: SparingLog, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_begins_lasts_and_ends(sparing: ThrottledLogger, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """A failure is one WARNING, one more each ten minutes while it lasts, and one WARNING when it is over."""
     for _ in range(25):
         sparing.failed("%s is down", "it")
@@ -34,13 +34,13 @@ def test_begins_lasts_and_ends(sparing: SparingLog, clock: Clock, caplog: pytest
     assert _said(caplog) == [("WARNING", "it is down")] * 3 + [("WARNING", "it is up")]
 
 
-def test_nothing_to_end(sparing: SparingLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_to_end(sparing: ThrottledLogger, caplog: pytest.LogCaptureFixture) -> None:
     """Where no failure was said, it is not said that it is over."""
     sparing.over("it is up")
     assert _said(caplog) == []
 
 
-def test_another_reason(sparing: SparingLog, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_reason(sparing: ThrottledLogger, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """Another reason is said at once; two that take turns are each said every ten minutes."""
     for _ in range(int(REPEAT / 10)):
         for reason in ("denied", "busy"):
@@ -49,7 +49,7 @@ def test_another_reason(sparing: SparingLog, clock: Clock, caplog: pytest.LogCap
     assert _said(caplog) == [("WARNING", "it is down: denied"), ("WARNING", "it is down: busy")]
 
 
-def test_comes_and_goes(sparing: SparingLog, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+def test_comes_and_goes(sparing: ThrottledLogger, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """What comes and goes all the time is a few lines an hour; and what was not said is not said to be over."""
     for _ in range(100):
         sparing.failed("down")
@@ -61,7 +61,7 @@ def test_comes_and_goes(sparing: SparingLog, clock: Clock, caplog: pytest.LogCap
     assert _said(caplog)[MOST_FAILURES:] == [("WARNING", "down")]
 
 
-def test_room_for_the_end(sparing: SparingLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_room_for_the_end(sparing: ThrottledLogger, caplog: pytest.LogCaptureFixture) -> None:
     """However many reasons a failure has, there is a line left to say that it is over."""
     for reason in range(100):
         sparing.failed("down: %d", reason, reason=reason)
@@ -69,14 +69,14 @@ def test_room_for_the_end(sparing: SparingLog, caplog: pytest.LogCaptureFixture)
     assert [level for level, _ in _said(caplog)] == ["WARNING"] * (MOST_FAILURES + 1)
 
 
-def test_what_is_no_failure(sparing: SparingLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_failure(sparing: ThrottledLogger, caplog: pytest.LogCaptureFixture) -> None:
     """What is told in a crowd is for those who look for it."""
     for _ in range(MOST_LINES + 1):
         sparing.tell("registered")
     assert _said(caplog) == [("INFO", "registered")] * MOST_LINES + [("DEBUG", "registered")]
 
 
-def test_the_caller_is_named(sparing: SparingLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_caller_is_named(sparing: ThrottledLogger, caplog: pytest.LogCaptureFixture) -> None:
     """A log that shows where a line comes from shows who said it."""
     sparing.failed("down")
     sparing.over("up")
@@ -86,9 +86,9 @@ def test_the_caller_is_named(sparing: SparingLog, caplog: pytest.LogCaptureFixtu
 
 TROUBLE = """
 import logging
-from consul_prom.logs import SparingLog
+from consul_prom.logs import ThrottledLogger
 {set_up}
-sparing = SparingLog(logging.getLogger("consul_prom.consul.registrar"))
+sparing = ThrottledLogger(logging.getLogger("consul_prom.consul.registrar"))
 sparing.failed("it is %s", "down")
 sparing.over("it is up")
 """

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from consul_prom.consul.client import AgentClient
-from consul_prom.consul.sync_client import deregister_now, service_now
+from consul_prom.consul.sync_client import deregister_sync, service_sync
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import (
     AgentBusy,
@@ -107,27 +107,27 @@ async def test_last_moments_by_several_addresses(agent: DevAgent, client: AgentC
     """The synchronous deregister tries the addresses in turn: the first may be one that the agent does not have."""
     await client.register(DOCUMENT)
     hosts = ("::1", "127.0.0.1")
-    assert await asyncio.to_thread(deregister_now, settings(agent.url), DOCUMENT["ID"], timeout=5, hosts=hosts)
+    assert await asyncio.to_thread(deregister_sync, settings(agent.url), DOCUMENT["ID"], timeout=5, hosts=hosts)
     await agent.aclose()
     with pytest.raises(AgentUnreachable, match="Connection refused"):
-        await asyncio.to_thread(deregister_now, settings(agent.url), DOCUMENT["ID"], timeout=5, hosts=hosts)
+        await asyncio.to_thread(deregister_sync, settings(agent.url), DOCUMENT["ID"], timeout=5, hosts=hosts)
 
 
 async def test_entry_in_the_last_moments(agent: DevAgent, client: AgentClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """The synchronous look gives the entry, or None, and trusts an answer no more than the other."""
     await client.register(DOCUMENT)
-    found = await asyncio.to_thread(service_now, settings(agent.url), DOCUMENT["ID"], timeout=5)
+    found = await asyncio.to_thread(service_sync, settings(agent.url), DOCUMENT["ID"], timeout=5)
     assert found
     assert found["Meta"] == DOCUMENT["Meta"]
-    assert await asyncio.to_thread(service_now, settings(agent.url), "none", timeout=5) is None
+    assert await asyncio.to_thread(service_sync, settings(agent.url), "none", timeout=5) is None
     for body in ("{", "[1]", '{"Meta": 1}'):
         agent.fault = Fault(status=200, body=body)
         with pytest.raises(AgentConfused):
-            await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
+            await asyncio.to_thread(service_sync, settings(agent.url), "x", timeout=5)
     agent.fault = Fault(status=200, body="x" * 5000)
     monkeypatch.setattr("consul_prom.consul.sync_client.LARGEST_ENTRY", 4000)
     with pytest.raises(AgentConfused, match="CONSUL_HTTP_ADDR answered with more than"):
-        await asyncio.to_thread(service_now, settings(agent.url), "x", timeout=5)
+        await asyncio.to_thread(service_sync, settings(agent.url), "x", timeout=5)
 
 
 async def test_no_thread_for_a_name(agent: DevAgent, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +178,7 @@ async def test_path_prefix_headers_and_scope(auth: str, sent: bytes) -> None:
     client = AgentClient(secret)
     await client.service("a/b c.host.0")
     await client.aclose()
-    await asyncio.to_thread(deregister_now, secret, "a/b c.host.0", timeout=5)
+    await asyncio.to_thread(deregister_sync, secret, "a/b c.host.0", timeout=5)
     server.close()
     for (line, headers), path in zip(
         seen, ("GET /proxy/consul/v1/agent/service/", "PUT /proxy/consul/v1/agent/service/deregister/"), strict=True
@@ -226,7 +226,7 @@ async def test_statuses(agent: DevAgent, client: AgentClient, status: int, kind:
         with pytest.raises(kind, match=f"answered {status}: Permission denied"):
             await call
     with pytest.raises(kind):
-        await asyncio.to_thread(deregister_now, settings(agent.url), "x", timeout=5)
+        await asyncio.to_thread(deregister_sync, settings(agent.url), "x", timeout=5)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ async def test_no_words(agent: DevAgent, client: AgentClient, status: int, locat
     with pytest.raises(AgentError, match=f"answered {status}: {said}$"):
         await client.services("x")
     with pytest.raises(AgentError, match=f"answered {status}: {said}$"):
-        await asyncio.to_thread(deregister_now, settings(agent.url), "x", timeout=5)
+        await asyncio.to_thread(deregister_sync, settings(agent.url), "x", timeout=5)
 
 
 @pytest.mark.parametrize("body", ["<html>proxy</html>", "[1, 2]", '"text"', "{", ""])
@@ -264,7 +264,7 @@ async def test_deadline(agent: DevAgent, client: AgentClient) -> None:
         with pytest.raises(AgentTimeout, match=r"within 0\.5 s"):
             await call
     with pytest.raises(AgentTimeout, match=r"within 0\.2 s"):
-        await asyncio.to_thread(deregister_now, settings(agent.url), "x", timeout=0.2)
+        await asyncio.to_thread(deregister_sync, settings(agent.url), "x", timeout=0.2)
 
 
 async def test_reset_and_refusal(agent: DevAgent, client: AgentClient) -> None:
@@ -274,7 +274,7 @@ async def test_reset_and_refusal(agent: DevAgent, client: AgentClient) -> None:
         with pytest.raises(AgentUnreachable):
             await call
     with pytest.raises(AgentUnreachable):
-        await asyncio.to_thread(deregister_now, settings(agent.url), "x", timeout=5)
+        await asyncio.to_thread(deregister_sync, settings(agent.url), "x", timeout=5)
     await agent.aclose()
     with pytest.raises(AgentUnreachable, match="CONSUL_HTTP_ADDR"):
         await client.service("x")

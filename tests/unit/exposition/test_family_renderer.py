@@ -37,7 +37,7 @@ from consul_prom.exposition.renderer import Renderer
 from consul_prom.ledger import registry as ledger_registry
 from consul_prom.ledger import values as ledger_values
 from consul_prom.ledger.file import Ledger, read
-from consul_prom.ledger.registry import ContinuedRegistry, last_page
+from consul_prom.ledger.registry import LedgerRegistry, last_page
 from tests import ROOT
 from tests.unit.pages import render
 
@@ -103,7 +103,7 @@ class _Nameless(Collector):
         return [metric]
 
 
-def _same(registry: CollectorRegistry | ContinuedRegistry, renderer: Renderer, accept: str = OPEN) -> bytes:
+def _same(registry: CollectorRegistry | LedgerRegistry, renderer: Renderer, accept: str = OPEN) -> bytes:
     """The page, which is the library's."""
     page = render(renderer, accept=accept).body
     assert page == FORMATS[accept](registry)
@@ -295,7 +295,7 @@ class Generations(Application):
 
     def open(self) -> None:
         self.ledger = Ledger.take_over(self.path, boot="b", instance="web-1:0")
-        self.source = ContinuedRegistry(self.registry, self.ledger)
+        self.source = LedgerRegistry(self.registry, self.ledger)
         self.renderer = Renderer(self.source)
 
     @rule(early=st.integers(0, 2**9), late=st.integers(0, 2**9))
@@ -614,8 +614,8 @@ class TestContinued:
     def path(self, tmp_path: Path) -> Path:
         return tmp_path / "shop.0.ledger"
 
-    def _continue(self, registry: CollectorRegistry, path: Path) -> ContinuedRegistry:
-        return ContinuedRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:0"))
+    def _continue(self, registry: CollectorRegistry, path: Path) -> LedgerRegistry:
+        return LedgerRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:0"))
 
     @pytest.mark.parametrize("labels", [(), ("x",)])
     def test_moves_after_a_scrape(self, registry: CollectorRegistry, path: Path, labels: tuple[str, ...]) -> None:

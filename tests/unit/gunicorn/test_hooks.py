@@ -17,7 +17,7 @@ import consul_prom
 from consul_prom import gunicorn as hooks
 from consul_prom.devagent import DevAgent
 from consul_prom.gunicorn.master import Master
-from consul_prom.worker.master_page import Masters
+from consul_prom.worker.master_page import MasterPage
 from tests.unit.forking import in_child
 from tests.unit.gunicorn.test_reaper import leave_slot
 
@@ -198,13 +198,13 @@ def test_forked_by_a_worker(slot_directory: Path, monkeypatch: pytest.MonkeyPatc
     master = hooks._Ours.masters[server] = Master(uid=os.geteuid(), gid=os.getegid())
     try:
         master.workers(wanted=2, alive=2)
-        before = Masters(slot_directory, "shop").living()
+        before = MasterPage(slot_directory, "shop").living()
         arguments = {"nworkers_changed": (server, 0, 2), "on_exit": (server,)}.get(name, (server, worker))
         in_child(lambda: vars(hooks)[name](*arguments))
-        assert Masters(slot_directory, "shop").living() == before
+        assert MasterPage(slot_directory, "shop").living() == before
     finally:
         hooks.on_exit(server)
-    assert not Masters(slot_directory, "shop").living(), "the master itself still acts"
+    assert not MasterPage(slot_directory, "shop").living(), "the master itself still acts"
 
 
 def test_hook_by_name() -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from consul_prom.devagent import DevAgent, running
 from consul_prom.gunicorn.master import Master
-from consul_prom.gunicorn.stats import LOG, Tally
+from consul_prom.gunicorn.stats import LOG, MasterStats
 from consul_prom.slots import slots
-from consul_prom.worker.master_page import Masters
+from consul_prom.worker.master_page import MasterPage
 from tests.unit.gunicorn.test_reaper import leave_slot
 
 
@@ -36,7 +36,7 @@ def make() -> Master:
 def test_life(agent: DevAgent, slot_directory: Path) -> None:
     """It tallies from its start to its stop, and buries between."""
     master = make()
-    masters = Masters(slot_directory, "shop")
+    masters = MasterPage(slot_directory, "shop")
     master.workers(wanted=2, alive=2)
     assert masters.living()["0"]["wanted"] == 2
     logging.getLogger(LOG).error("a line")
@@ -90,9 +90,9 @@ def test_directory_fails_at_the_start(agent: DevAgent, slot_directory: Path, cap
     slot_directory.unlink()
     slot_directory.mkdir(mode=0o700)
     master.workers(wanted=2, alive=2)
-    assert Masters(slot_directory, "shop").living()["0"]["wanted"] == 2
+    assert MasterPage(slot_directory, "shop").living()["0"]["wanted"] == 2
     logging.getLogger(LOG).error("a line")
-    assert Masters(slot_directory, "shop").living()["0"]["lines"]["error"] == 1
+    assert MasterPage(slot_directory, "shop").living()["0"]["lines"]["error"] == 1
     assert [record.levelname for record in caplog.records if record.name != LOG] == ["WARNING", "WARNING"]
     master.stop(dying=lambda: False)
     assert not logging.getLogger(LOG).filters
@@ -106,7 +106,7 @@ def test_disabled(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.Mon
     master.bury(leave_slot(slot_directory, agent), timeout=False, left=False)
     master.stop(dying=lambda: False)
     assert agent.state.services
-    assert not Masters(slot_directory, "shop").living()
+    assert not MasterPage(slot_directory, "shop").living()
 
 
 def test_failure_that_lasts(agent: DevAgent, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_failure_that_lasts(agent: DevAgent, caplog: pytest.LogCaptureFixture, m
     caplog.set_level(logging.INFO)
     master = make()
     with monkeypatch.context() as patches:
-        patches.setattr(Tally, "workers", Mock(side_effect=OSError("no space left")))
+        patches.setattr(MasterStats, "workers", Mock(side_effect=OSError("no space left")))
         for _ in range(5):
             master.workers(wanted=1, alive=1)
     master.workers(wanted=1, alive=1)

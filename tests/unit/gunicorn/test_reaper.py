@@ -12,7 +12,7 @@ import pytest
 
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import AgentTimeout
-from consul_prom.gunicorn.reaper import BUDGET, OFF, Undertaker
+from consul_prom.gunicorn.reaper import BUDGET, OFF, MasterReaper
 from consul_prom.process.identity import process_identity
 from consul_prom.settings.settings import Settings, load
 from consul_prom.slots import slots
@@ -26,8 +26,8 @@ def settings_of(agent: DevAgent, directory: Path, **changes: str) -> Settings:
 
 
 @pytest.fixture
-def undertaker(agent: DevAgent, slot_directory: Path) -> Undertaker:
-    return Undertaker(settings_of(agent, slot_directory))
+def undertaker(agent: DevAgent, slot_directory: Path) -> MasterReaper:
+    return MasterReaper(settings_of(agent, slot_directory))
 
 
 def leave_slot(directory: Path, agent: DevAgent, *, hosts: str = "", dir_: str = "") -> int:
@@ -43,7 +43,7 @@ def leave_slot(directory: Path, agent: DevAgent, *, hosts: str = "", dir_: str =
     return process.pid
 
 
-def test_killed(agent: DevAgent, workers: Workers, undertaker: Undertaker) -> None:
+def test_killed(agent: DevAgent, workers: Workers, undertaker: MasterReaper) -> None:
     """The dead worker's entry goes, the caretaker's page with it, and nobody else's."""
     first, second = workers.start(), workers.start()
     undertaker.bury(second.pid)
@@ -58,7 +58,7 @@ def test_killed(agent: DevAgent, workers: Workers, undertaker: Undertaker) -> No
     assert workers.entries(first.pid)
 
 
-def test_once(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
+def test_once(agent: DevAgent, slot_directory: Path, undertaker: MasterReaper) -> None:
     """What is settled is not asked about again."""
     pid = leave_slot(slot_directory, agent)
     undertaker.bury(pid)
@@ -70,13 +70,13 @@ def test_once(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> 
 
 
 @pytest.mark.parametrize("directory", ["0123456789abcdef:/other/slots"])
-def test_other_directory(agent: DevAgent, slot_directory: Path, undertaker: Undertaker, directory: str) -> None:
+def test_other_directory(agent: DevAgent, slot_directory: Path, undertaker: MasterReaper, directory: str) -> None:
     """An entry of another directory stays: our lock says nothing of its worker."""
     undertaker.bury(leave_slot(slot_directory, agent, dir_=directory))
     assert list(agent.state.services) == ["shop.web-1.0"]
 
 
-def test_foreign(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
+def test_foreign(agent: DevAgent, slot_directory: Path, undertaker: MasterReaper) -> None:
     """An entry without our marker stays."""
     pid = leave_slot(slot_directory, agent)
     put(agent, "shop.web-1.0", {})
@@ -84,7 +84,7 @@ def test_foreign(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) 
     assert list(agent.state.services) == ["shop.web-1.0"]
 
 
-def test_lock_is_held(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
+def test_lock_is_held(agent: DevAgent, slot_directory: Path, undertaker: MasterReaper) -> None:
     """Without the lock there is no proof, whatever the note says."""
     pid = leave_slot(slot_directory, agent)
     slot = slots.try_slot(slot_directory, "shop", 0)
@@ -96,7 +96,7 @@ def test_lock_is_held(agent: DevAgent, slot_directory: Path, undertaker: Underta
     assert not agent.state.services
 
 
-def test_all(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
+def test_all(agent: DevAgent, slot_directory: Path, undertaker: MasterReaper) -> None:
     """At the end all of the dead go, once those who are dying are dead."""
     for _ in range(2):
         leave_slot(slot_directory, agent)
@@ -107,7 +107,7 @@ def test_all(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> N
     assert next(alive, None) is None
 
 
-def test_lock_comes_late(agent: DevAgent, slot_directory: Path, undertaker: Undertaker) -> None:
+def test_lock_comes_late(agent: DevAgent, slot_directory: Path, undertaker: MasterReaper) -> None:
     """At the end a lock that a dying process' last thread holds is waited for."""
     leave_slot(slot_directory, agent)
     slot = slots.try_slot(slot_directory, "shop", 0)
@@ -135,7 +135,7 @@ class Clock:
 def test_budget(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In no second is more than the budget spent; after a time-out nothing is, for half a minute."""
     clock = Clock()
-    undertaker = Undertaker(settings_of(agent, slot_directory), clock=clock, sleep=clock.sleep)
+    undertaker = MasterReaper(settings_of(agent, slot_directory), clock=clock, sleep=clock.sleep)
     spent: list[tuple[float, float]] = []
 
     def ask(_settings: object, _entry_id: str, *, timeout: float, hosts: object) -> None:
@@ -143,7 +143,7 @@ def test_budget(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.Monke
         spent.append((clock.now, seconds))
         clock.now += seconds
 
-    monkeypatch.setattr("consul_prom.gunicorn.reaper.service_now", ask)
+    monkeypatch.setattr("consul_prom.gunicorn.reaper.service_sync", ask)
     for _ in range(100):
         pid = leave_slot(slot_directory, agent)
         undertaker.bury(pid)
@@ -161,8 +161,8 @@ def test_lets_an_agent_be(agent: DevAgent, slot_directory: Path, monkeypatch: py
         asked.append(clock.now)
         raise AgentTimeout("hangs")
 
-    monkeypatch.setattr("consul_prom.gunicorn.reaper.service_now", ask)
-    undertaker = Undertaker(settings_of(agent, slot_directory), clock=clock, sleep=clock.sleep)
+    monkeypatch.setattr("consul_prom.gunicorn.reaper.service_sync", ask)
+    undertaker = MasterReaper(settings_of(agent, slot_directory), clock=clock, sleep=clock.sleep)
     pid = leave_slot(slot_directory, agent)
     for _ in range(60):
         undertaker.bury(pid)
@@ -171,7 +171,7 @@ def test_lets_an_agent_be(agent: DevAgent, slot_directory: Path, monkeypatch: py
 
 
 def test_hanging_agent(
-    agent: DevAgent, slot_directory: Path, undertaker: Undertaker, caplog: pytest.LogCaptureFixture
+    agent: DevAgent, slot_directory: Path, undertaker: MasterReaper, caplog: pytest.LogCaptureFixture
 ) -> None:
     """An agent that hangs is asked once, for the budget; what is left is said, and left."""
     pids = [leave_slot(slot_directory, agent) for _ in range(1)]
@@ -203,7 +203,7 @@ def test_dripping_agent(agent: DevAgent, slot_directory: Path) -> None:
         dripping = threading.Thread(target=drip)
         dripping.start()
         port = server.getsockname()[1]
-        undertaker = Undertaker(settings_of(agent, slot_directory, consul_http_addr=f"127.0.0.1:{port}"))
+        undertaker = MasterReaper(settings_of(agent, slot_directory, consul_http_addr=f"127.0.0.1:{port}"))
         begun = time.monotonic()
         undertaker.bury(pid)
         assert time.monotonic() - begun < 10 * BUDGET
@@ -219,7 +219,7 @@ def test_no_name_is_looked_up(agent: DevAgent, slot_directory: Path, monkeypatch
         return real(host, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    undertaker = Undertaker(
+    undertaker = MasterReaper(
         settings_of(agent, slot_directory, consul_http_addr=f"http://agent.example.org:{agent.port}")
     )
     pid = leave_slot(slot_directory, agent)
@@ -227,7 +227,7 @@ def test_no_name_is_looked_up(agent: DevAgent, slot_directory: Path, monkeypatch
     assert agent.state.services
     undertaker.bury(leave_slot(slot_directory, agent, hosts="127.0.0.1"))
     assert not agent.state.services
-    local = Undertaker(settings_of(agent, slot_directory, consul_http_addr=f"http://localhost:{agent.port}"))
+    local = MasterReaper(settings_of(agent, slot_directory, consul_http_addr=f"http://localhost:{agent.port}"))
     local.bury(leave_slot(slot_directory, agent))
     assert not agent.state.services
 
@@ -239,7 +239,7 @@ def test_worker_notes_the_address(agent: DevAgent, workers: Workers, slot_direct
 
 
 def test_denied(
-    agent: DevAgent, slot_directory: Path, undertaker: Undertaker, caplog: pytest.LogCaptureFixture
+    agent: DevAgent, slot_directory: Path, undertaker: MasterReaper, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A refusal is a sentence, and the next that die are dealt with at once."""
     caplog.set_level(logging.INFO, logger="consul_prom.gunicorn.reaper")
@@ -262,14 +262,14 @@ def test_no_agent(agent: DevAgent, slot_directory: Path, caplog: pytest.LogCaptu
     """An answer that no agent gives is a sentence too, and the entry is left as it is."""
     pid = leave_slot(slot_directory, agent)
     agent.fault = Fault(path="/v1/agent/checks", status=404, body="unknown service ID")
-    Undertaker(settings_of(agent, slot_directory, consul_http_token="t")).bury(pid)
+    MasterReaper(settings_of(agent, slot_directory, consul_http_token="t")).bury(pid)
     assert "shop.web-1.0 of a dead worker is left to its siblings" in caplog.text
     assert agent.state.services
 
 
 def test_no_directory(settings: MakeSettings, tmp_path: Path) -> None:
     """Without a directory there are no dead."""
-    undertaker = Undertaker(settings(dir=tmp_path / "none"))
+    undertaker = MasterReaper(settings(dir=tmp_path / "none"))
     undertaker.bury(os.getpid())
     undertaker.bury_all()
     assert not logging.getLogger("consul_prom.gunicorn.reaper").handlers

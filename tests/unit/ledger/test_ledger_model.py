@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from consul_prom.ledger import file as ledger_file
 from consul_prom.ledger.file import KEEP, Ledger, ledger_path, read
-from consul_prom.ledger.registry import ContinuedRegistry, last_page
+from consul_prom.ledger.registry import LedgerRegistry, last_page
 from consul_prom.slots import slots
 from consul_prom.slots.slots import Slot
 from consul_prom.worker import adoption
@@ -53,7 +53,7 @@ class Worker:
     def open(self) -> None:
         path = ledger_path(self.held.directory, "shop", self.slot)
         book = Ledger.take_over(path, boot=self.held.boot, instance=f"web-1:{self.slot}", now=self._now)
-        self.continued = ContinuedRegistry(self.registry, book)
+        self.continued = LedgerRegistry(self.registry, book)
         self.close = book.close  # as the kernel does of a killed one
 
     def seconds(self) -> Histogram:
@@ -86,7 +86,7 @@ class Prometheus:
             self.last[slot, key] = value
 
 
-class Caretaker:
+class Leader:
     """What a worker does for the slots that have none, until its end."""
 
     def __init__(self, worker: Worker, machine: "Slots") -> None:
@@ -122,16 +122,16 @@ class Caretaker:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _serve(self, slot: Slot, page: CollectorRegistry, _port: int) -> "Guest":
-        guest = self._machine.served[slot.number] = Guest(self, slot.number, page, self._machine)
+    async def _serve(self, slot: Slot, page: CollectorRegistry, _port: int) -> "ServedTarget":
+        guest = self._machine.served[slot.number] = ServedTarget(self, slot.number, page, self._machine)
         self._machine.adopted_at.setdefault(slot.number, self._machine.now)
         return guest
 
 
-class Guest:
+class ServedTarget:
     """A page of a slot that the caretaker serves: a target."""
 
-    def __init__(self, caretaker: Caretaker, slot: int, page: CollectorRegistry, machine: "Slots") -> None:
+    def __init__(self, caretaker: Leader, slot: int, page: CollectorRegistry, machine: "Slots") -> None:
         self.page = page
         self._caretaker, self._slot, self._machine = caretaker, slot, machine
 
@@ -156,8 +156,8 @@ class Slots(RuleBasedStateMachine):
         self.now = 1_000_000.0
         self.live: dict[int, Worker] = {}  # the eldest first
         self.ended: list[Worker] = []
-        self.caretaker: Caretaker | None = None
-        self.served: dict[int, Guest] = {}
+        self.caretaker: Leader | None = None
+        self.served: dict[int, ServedTarget] = {}
         self.adopted_at: dict[int, float] = {}
         self.shown: dict[int, dict[Key, float]] = defaultdict(dict)
         self.used: dict[int, dict[Key, float]] = defaultdict(dict)
@@ -372,7 +372,7 @@ class Slots(RuleBasedStateMachine):
     def look_after(self, data: Any, *, complete: bool) -> None:
         """The caretaker's turn; where nobody is on the way, it serves each vacant slot, for as long as RETAIN."""
         if not self.caretaker:
-            self.caretaker = Caretaker(data.draw(st.sampled_from(self.workers())), self)
+            self.caretaker = Leader(data.draw(st.sampled_from(self.workers())), self)
         self.wait_for(self.caretaker.turn(complete=complete))
         vacant = {slot for slot in self.shown if slot not in self.live and not self.is_over(slot)}
         assert self.served.keys() == vacant if complete else self.served.keys() <= vacant

@@ -23,8 +23,8 @@ from consul_prom.ledger import values as ledger_values
 from consul_prom.ledger.compat import check_library
 from consul_prom.ledger.file import Family, Ledger, read
 from consul_prom.ledger.parent_counts import FORK
-from consul_prom.ledger.registry import ContinuedRegistry, last_page
-from consul_prom.ledger.values import CellValue
+from consul_prom.ledger.registry import LedgerRegistry, last_page
+from consul_prom.ledger.values import MappedValue
 
 NOW = 1_000_000.0
 BUCKETS = (1, 5)
@@ -46,7 +46,7 @@ class Worker:
         self.sizes = Summary("sizes", "Sizes.", ["route"], registry=self.registry)
         at_import(self)
         options = {"boot": "b", "instance": "web-1:0", "now": NOW, **changed}
-        self.continued = ContinuedRegistry(self.registry, Ledger.take_over(path, **options))
+        self.continued = LedgerRegistry(self.registry, Ledger.take_over(path, **options))
 
     def page(self, *names: str) -> dict[str, float]:
         source: Any = self.continued.restricted_registry(names) if names else self.continued
@@ -209,9 +209,7 @@ class TestTotals:
         first.sizes.labels("/").observe(amount)
         first.sizes.labels("/unused").observe(amount)
         first.continued.close()
-        first.continued = ContinuedRegistry(
-            first.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
-        )
+        first.continued = LedgerRegistry(first.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
         for shown in (first.page(), first.own()):
             assert repr(shown["sizes_sum /"]) == repr(amount)
             assert shown["sizes_count /"] == 2
@@ -230,11 +228,11 @@ class TestTotals:
             worker.continued.close()
             assert worker.own()["hits_total /"] == 2
             ledger = Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
-            worker.continued = ContinuedRegistry(worker.registry, ledger)
+            worker.continued = LedgerRegistry(worker.registry, ledger)
         use(worker)
         worker.continued.close()
         use(worker)  # counted between two lives: it stands in no ledger yet
-        worker.continued = ContinuedRegistry(
+        worker.continued = LedgerRegistry(
             worker.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
         )
         assert worker.page()["hits_total /"] == 6
@@ -382,7 +380,7 @@ class TestAsWithoutUs:
         assert not any("hits" in key for key in worker.page())
         registry = CollectorRegistry()
         ledger = Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
-        assert not any("hits" in key for key in flat(ContinuedRegistry(registry, ledger)))
+        assert not any("hits" in key for key in flat(LedgerRegistry(registry, ledger)))
 
     def test_registered_again(self, path: Path) -> None:
         """A metric that is unregistered and registered again shows what it showed, plus what was counted meanwhile."""
@@ -480,12 +478,12 @@ class TestThreads:
             thread.start()
         for _ in range(30):
             time.sleep(0.005)
-            worker.continued = ContinuedRegistry(
+            worker.continued = LedgerRegistry(
                 worker.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
             )
             time.sleep(0.005)
             worker.continued.close()
-        worker.continued = ContinuedRegistry(
+        worker.continued = LedgerRegistry(
             worker.registry, Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
         )
         stop.set()
@@ -622,7 +620,7 @@ class TestForks:
             Counter("new", "-", registry=worker.registry).inc()
             own = worker.own()
             ledger = Ledger.take_over(path.with_name("other.ledger"), boot="b", instance="web-1:1", now=NOW)
-            page = flat(ContinuedRegistry(worker.registry, ledger))
+            page = flat(LedgerRegistry(worker.registry, ledger))
             keys = ("hits_total /", "hits_total /other", "hits_total /born")
             return [own[key] for key in keys], [page[key] for key in keys], page["new_total"]
 
@@ -646,7 +644,7 @@ class TestForks:
             early.inc()
             labelled.labels("a").inc(2)
             ledger = Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW)
-            page = flat(ContinuedRegistry(registry, ledger))
+            page = flat(LedgerRegistry(registry, ledger))
             early.inc()
             return [page["early_total"], page["labelled_total a"], flat(registry)["early_total"]]
 
@@ -672,7 +670,7 @@ class TestForks:
         def child() -> object:
             use(worker, times=2)
             ledger = Ledger.take_over(path.with_name("shop.1.ledger"), boot="b", instance="web-1:1", now=NOW)
-            return flat(ContinuedRegistry(worker.registry, ledger))["hits_total /"]
+            return flat(LedgerRegistry(worker.registry, ledger))["hits_total /"]
 
         assert forked(child)() == 4
         assert worker.page()["hits_total /"] == 10
@@ -756,7 +754,7 @@ class TestTrouble:
             monkeypatch.setattr(ledger_values, "Summary", None)
         registry = CollectorRegistry()
         with pytest.raises(LedgerError, match="prometheus_client is of a version unknown to us"):
-            ContinuedRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:0"))
+            LedgerRegistry(registry, Ledger.take_over(path, boot="b", instance="web-1:0"))
         assert set(vars(registry)) == set(vars(CollectorRegistry()))
 
     def test_nothing_is_kept_alive(self, path: Path) -> None:
@@ -773,7 +771,7 @@ class TestTrouble:
         worker = Worker(path)
         use(worker)
         found = [worker.all._value, worker.seconds.labels("/")._sum, *worker.seconds.labels("/")._buckets]
-        assert {type(value) for value in found} == {CellValue}
+        assert {type(value) for value in found} == {MappedValue}
         contents = read(path)
         assert contents
         assert {series.labels for series in contents.series} == {("/",), ()}
@@ -782,12 +780,12 @@ class TestTrouble:
 def test_names_that_clash(path: Path) -> None:
     """Of two families that cannot be on one page, the last process' is on the last page, whichever came first."""
     before = CollectorRegistry()
-    ContinuedRegistry(before, first := Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
+    LedgerRegistry(before, first := Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
     Summary("req", "-", registry=before).observe(2)
     Counter("other", "-", registry=before).inc()
     first.close()
     after = CollectorRegistry()
-    ContinuedRegistry(after, second := Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
+    LedgerRegistry(after, second := Ledger.take_over(path, boot="b", instance="web-1:0", now=NOW))
     Counter("req_sum", "-", registry=after).inc(3)
     second.close()
     contents = read(path)

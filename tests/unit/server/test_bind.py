@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from consul_prom.errors import AgentDenied, AgentTimeout, AgentUnreachable, EndpointError
 from consul_prom.server import bind as module
 from consul_prom.server.bind import find_address, is_local, listen, route_address
-from consul_prom.worker.target_factory import Site
+from consul_prom.worker.target_factory import TargetFactory
 from tests.conftest import MakeSettings
 
 FOREIGN = "203.0.113.7"  # RFC 5737: no host has it
@@ -268,7 +268,7 @@ def test_port_of_before(settings: MakeSettings, monkeypatch: pytest.MonkeyPatch,
         bind(server, address)
 
     monkeypatch.setattr(socket.socket, "bind", refuse)
-    site = Site(settings(port="0"))
+    site = TargetFactory(settings(port="0"))
     site.settle("127.0.0.1")
     with site.listen(0, before=80) as listener:
         assert listener.getsockname()[1] not in {0, 80}
@@ -280,6 +280,6 @@ def test_port_of_before(settings: MakeSettings, monkeypatch: pytest.MonkeyPatch,
 
 async def test_one_budget(settings: MakeSettings) -> None:
     """All endpoints of a process share its connections: a leader of many adopted slots has no more than others."""
-    site = Site(settings(port="0"))
+    site = TargetFactory(settings(port="0"))
     first, second = (site.endpoint(CollectorRegistry(), about=dict) for _ in range(2))
     assert first._door._connections is second._door._connections

@@ -355,11 +355,11 @@ class TestReaders:
         with served.holding() as go_on, served.connect() as client:
             client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
             wait_until(lambda: served.written, within=DEADLINE, what="the page is begun")
-            crowd += [served.connect() for _ in range(2 * listener.PLACES)]
+            crowd += [served.connect() for _ in range(2 * listener.MAX_CONNECTIONS)]
             assert served.ask(HEALTH_PATH).status == 200
             go_on.set()
             wait_until(lambda: served.took, within=DEADLINE, what="the page is written")
-            crowd += [served.connect() for _ in range(2 * listener.PLACES)]
+            crowd += [served.connect() for _ in range(2 * listener.MAX_CONNECTIONS)]
             assert served.ask(HEALTH_PATH).status == 200
             assert _is_whole(client, size)
         for silent in crowd:

@@ -18,7 +18,7 @@ import pytest
 import trustme
 
 from consul_prom.server import listener as module
-from consul_prom.server.listener import Connection, Connections, Door
+from consul_prom.server.listener import Connection, Connections, Listener
 from tests.services.waiting import eventually
 
 DEADLINE = 10.0
@@ -55,13 +55,13 @@ class House:
         self.connections = Connections()
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
         self.listener.setblocking(False)
-        self.door = Door(lambda connection: Echo(self, connection), **{"connections": self.connections, **options})  # type: ignore[arg-type]
+        self.door = Listener(lambda connection: Echo(self, connection), **{"connections": self.connections, **options})  # type: ignore[arg-type]
         self.door.open(self.listener)
         self.address = self.listener.getsockname()
 
-    async def connect(self, source: str = "127.0.0.1", **options: object) -> "Guest":
+    async def connect(self, source: str = "127.0.0.1", **options: object) -> "ServedTarget":
         reader, writer = await asyncio.open_connection(*self.address, local_addr=(source, 0), **options)  # type: ignore[arg-type]
-        return Guest(reader, writer)
+        return ServedTarget(reader, writer)
 
     async def close(self) -> None:
         self.door.close()
@@ -71,7 +71,7 @@ class House:
         await eventually(lambda: not self.inside, within=DEADLINE, what="all have gone")
 
 
-class Guest:
+class ServedTarget:
     """A client's side."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -148,7 +148,7 @@ async def test_thousands(house: House) -> None:
         await asyncio.sleep(0)
     guest = await house.connect()
     assert await guest.say()
-    assert len(house.inside) <= module.PLACES
+    assert len(house.inside) <= module.MAX_CONNECTIONS
     guest.leave()
     for client in crowd:
         client.close()
@@ -162,7 +162,7 @@ async def test_silence_has_an_end(house: House, monkeypatch: pytest.MonkeyPatch)
     assert await talker.say()
     assert await guest.sent_away()
     assert await talker.say()
-    monkeypatch.setattr(module, "SILENCE", 0.2)
+    monkeypatch.setattr(module, "IDLE_TIMEOUT", 0.2)
     assert await talker.say()
     assert await talker.sent_away()
     guest.leave()
@@ -239,7 +239,7 @@ class TestAnswering:
 
     async def test_deadline(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
         """A request that is in flight has a deadline, too."""
-        monkeypatch.setattr(module, "SILENCE", 0.2)
+        monkeypatch.setattr(module, "IDLE_TIMEOUT", 0.2)
         monkeypatch.setattr(module, "LOOK", 0.05)
         guest = await house.connect()
         assert await guest.say()

@@ -248,8 +248,8 @@ class TestRemains:
         second = self.leave(slot_directory, "bar", slots.MASTER)
         acquire(slot_directory, "shop")
         assert slots.remains(slot_directory) == [
-            slots.Remains("bar", slots.MASTER, second, ()),
-            slots.Remains("shop", 3, first, ("10.0.0.1", "::1")),
+            slots.StaleSlot("bar", slots.MASTER, second, ()),
+            slots.StaleSlot("shop", 3, first, ("10.0.0.1", "::1")),
         ]
         assert slots.abandoned(slot_directory, "shop") == [3]
         assert slots.abandoned(slot_directory, "bar") == []
@@ -359,12 +359,12 @@ class TestAdopted:
         path = slots.path_of(slot_directory, "shop", 0)
         words = path.read_text().replace("adopted", "adopted 10.0.0.1 wanted")
         path.write_text(f"0{words.removeprefix(str(os.getpid()))}")
-        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
+        assert slots.remains(slot_directory, "shop") == [slots.StaleSlot("shop", 0, 0, ("10.0.0.1",))]
         slot.abandon()
-        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ("10.0.0.1",))]
+        assert slots.remains(slot_directory, "shop") == [slots.StaleSlot("shop", 0, 0, ("10.0.0.1",))]
         slot.settle()
         slot.abandon()
-        assert slots.remains(slot_directory, "shop") == [slots.Remains("shop", 0, 0, ())]
+        assert slots.remains(slot_directory, "shop") == [slots.StaleSlot("shop", 0, 0, ())]
 
 
 class TestNotNoted:

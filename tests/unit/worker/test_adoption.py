@@ -15,14 +15,14 @@ from consul_prom.consul.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import EndpointError
 from consul_prom.ledger.file import Ledger, ledger_path, peek
-from consul_prom.ledger.registry import ContinuedRegistry
+from consul_prom.ledger.registry import LedgerRegistry
 from consul_prom.server.bind import listen
 from consul_prom.slots import slots
 from consul_prom.slots.slots import Slot
 from consul_prom.worker import adoption
 from consul_prom.worker.adoption import BOOTING, Adoption
-from consul_prom.worker.target import Guest
-from consul_prom.worker.target_factory import Site
+from consul_prom.worker.target import ServedTarget
+from consul_prom.worker.target_factory import TargetFactory
 from tests.conftest import MakeSettings
 from tests.services.waiting import eventually
 
@@ -41,7 +41,7 @@ def live(directory: Path, count: int = 0, *, port: int = 0, boot: str = "") -> t
     ledger = Ledger.take_over(
         ledger_path(directory, "shop", slot.number), boot=boot or slot.boot, instance=f"web-1:{slot.number}"
     )
-    continued = ContinuedRegistry(registry, ledger)
+    continued = LedgerRegistry(registry, ledger)
     hits.labels("/").inc(count)
     took.observe(1.5)
     ledger.port = port
@@ -61,7 +61,7 @@ def note_of(directory: Path, number: int = 0) -> str:
     return slots.path_of(directory, "shop", number).read_text(encoding="ascii")
 
 
-class Caretaker:
+class Leader:
     """What a worker gives its caretaker's adoption; times in seconds from 1,000,000 on."""
 
     def __init__(self, client: AgentClient, settings: MakeSettings, directory: Path) -> None:
@@ -71,7 +71,7 @@ class Caretaker:
         self.slowest_start = 0.0
         self.inhabited: list[int] = []
         self.ports: list[int] = []
-        self.site = Site(self.settings)
+        self.site = TargetFactory(self.settings)
         self.site.settle("127.0.0.1")
         self.refusal: Exception | None = None
         self.adoption = self.another()
@@ -93,7 +93,7 @@ class Caretaker:
         self.inhabited.append(workers)
         return self.complete
 
-    async def serve(self, slot: Slot, page: CollectorRegistry, port: int) -> Guest:
+    async def serve(self, slot: Slot, page: CollectorRegistry, port: int) -> ServedTarget:
         if self.refusal:
             raise self.refusal
         guest = await self.site.receive(self.client, slot, page, port=port, adopted=True)
@@ -109,9 +109,9 @@ class Caretaker:
 
 
 @pytest.fixture
-async def caretaker(agent: DevAgent, settings: MakeSettings, slot_directory: Path) -> AsyncIterator[Caretaker]:
+async def caretaker(agent: DevAgent, settings: MakeSettings, slot_directory: Path) -> AsyncIterator[Leader]:
     client = AgentClient(settings(consul_http_addr=agent.url))
-    caretaker = Caretaker(client, settings, slot_directory)
+    caretaker = Leader(client, settings, slot_directory)
     yield caretaker
     await caretaker.adoption.end()
     await client.aclose()
@@ -125,7 +125,7 @@ def adopted(agent: DevAgent, number: int = 0) -> Callable[[], bool]:
     return registered
 
 
-async def test_is_served(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_is_served(agent: DevAgent, caretaker: Leader, slot_directory: Path) -> None:
     """A vacant slot's last page is a target under the slot's own ID and instance."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()
@@ -139,7 +139,7 @@ async def test_is_served(agent: DevAgent, caretaker: Caretaker, slot_directory: 
     assert "took_sum 1.5" in page
 
 
-async def test_port(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_port(caretaker: Leader, slot_directory: Path) -> None:
     """It is served where its worker served it, so that a scraper finds it before it has heard of anything."""
     listener = listen("127.0.0.1", [0])
     port = listener.getsockname()[1]
@@ -149,7 +149,7 @@ async def test_port(caretaker: Caretaker, slot_directory: Path) -> None:
     assert caretaker.ports == [port]
 
 
-async def test_live_ones_stay(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_live_ones_stay(caretaker: Leader, slot_directory: Path) -> None:
     """A live worker's slot is let be, and counted."""
     slot, _ = live(slot_directory)
     caretaker.now += BOOTING
@@ -158,7 +158,7 @@ async def test_live_ones_stay(caretaker: Caretaker, slot_directory: Path) -> Non
     slot.release()
 
 
-async def test_replacement_may_be_booting(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_replacement_may_be_booting(caretaker: Leader, slot_directory: Path) -> None:
     """Where nobody says that all workers are there, a replacement has time to come."""
     lived(slot_directory, 5)
     caretaker.complete = False
@@ -171,7 +171,7 @@ async def test_replacement_may_be_booting(caretaker: Caretaker, slot_directory: 
     assert len(caretaker.ports) == 1
 
 
-async def test_slow_start(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_slow_start(caretaker: Leader, slot_directory: Path) -> None:
     """A replacement has twice the time that a start takes."""
     lived(slot_directory, 5)
     caretaker.complete, caretaker.slowest_start = False, 30.0
@@ -186,7 +186,7 @@ async def test_slow_start(caretaker: Caretaker, slot_directory: Path) -> None:
 
 
 async def test_newborn(
-    agent: DevAgent, caretaker: Caretaker, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
+    agent: DevAgent, caretaker: Leader, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A newborn gets the smallest slot, adopted or not; its entry is left to it, and it continues the counters."""
     monkeypatch.setattr(slots, "PATIENCE", 5.0)
@@ -206,7 +206,7 @@ async def test_newborn(
 
 
 async def test_glances_are_cheap(
-    agent: DevAgent, caretaker: Caretaker, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
+    agent: DevAgent, caretaker: Leader, slot_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While nothing happens no lock file is read, however many slots are adopted; who asks is noticed all the same."""
     monkeypatch.setattr(slots, "PATIENCE", 5.0)
@@ -238,7 +238,7 @@ async def test_glances_are_cheap(
     slot.release()
 
 
-async def test_retained(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_retained(agent: DevAgent, caretaker: Leader, slot_directory: Path) -> None:
     """After RETAIN the entry is removed, and the slot is let be until it has had another worker."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()
@@ -256,7 +256,7 @@ async def test_retained(agent: DevAgent, caretaker: Caretaker, slot_directory: P
     assert 'hits_total{route="/"} 6.0' in await caretaker.page()
 
 
-async def test_seldom_scraped(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_seldom_scraped(caretaker: Leader, slot_directory: Path) -> None:
     """Who is scraped each 150 s is retained for 450 s."""
     slot, ledger = live(slot_directory, 5)
     ledger.scraped(1000.0)
@@ -272,7 +272,7 @@ async def test_seldom_scraped(caretaker: Caretaker, slot_directory: Path) -> Non
     await eventually(lambda: note_of(slot_directory) == "", within=10, what="settled")
 
 
-async def test_caretaker_ends(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_caretaker_ends(agent: DevAgent, caretaker: Leader, slot_directory: Path) -> None:
     """The entries of one that leaves go with it; the next one adopts at once, for what is left of the time."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()
@@ -288,7 +288,7 @@ async def test_caretaker_ends(agent: DevAgent, caretaker: Caretaker, slot_direct
     await eventually(lambda: "shop.web-1.0" not in agent.state.services, within=10, what="gone")
 
 
-async def test_end_in_the_middle(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_end_in_the_middle(agent: DevAgent, caretaker: Leader, slot_directory: Path) -> None:
     """A guest that is retiring already when the caretaker ends is let do so."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()
@@ -302,7 +302,7 @@ async def test_end_in_the_middle(agent: DevAgent, caretaker: Caretaker, slot_dir
     assert note_of(slot_directory) == ""
 
 
-async def test_killed_caretaker(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_killed_caretaker(caretaker: Leader, slot_directory: Path) -> None:
     """What a killed one had adopted is vacant."""
     number = lived(slot_directory, 5)
     slots.path_of(slot_directory, "shop", number).write_text("1 a.b.c adopted", encoding="ascii")
@@ -310,7 +310,7 @@ async def test_killed_caretaker(caretaker: Caretaker, slot_directory: Path) -> N
     assert len(caretaker.ports) == 1
 
 
-async def test_entry_left(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_entry_left(agent: DevAgent, caretaker: Leader, slot_directory: Path) -> None:
     """Where the agent does not answer, the entry is left to the sweep."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()
@@ -320,7 +320,7 @@ async def test_entry_left(agent: DevAgent, caretaker: Caretaker, slot_directory:
     assert slots.abandoned(slot_directory, "shop") == [0]
 
 
-async def test_not_ours(caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_not_ours(caretaker: Leader, slot_directory: Path) -> None:
     """What another boot counted is let be, and so is what is no ledger."""
     lived(slot_directory, 5, boot="another")
     (slot_directory / "shop.1.lock").write_text("", encoding="ascii")
@@ -330,7 +330,7 @@ async def test_not_ours(caretaker: Caretaker, slot_directory: Path) -> None:
     assert not caretaker.ports
 
 
-async def test_refused(caretaker: Caretaker, slot_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_refused(caretaker: Leader, slot_directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where it cannot be served, one line says so, and the slot is given back."""
     caplog.set_level(logging.WARNING)
     lived(slot_directory, 5)
@@ -346,7 +346,7 @@ async def test_refused(caretaker: Caretaker, slot_directory: Path, caplog: pytes
 
 
 @pytest.mark.parametrize("note", ["", "0 a.b.c", "0 a.b.c 10.0.0.1"])
-async def test_refused_beside_an_entry(caretaker: Caretaker, slot_directory: Path, note: str) -> None:
+async def test_refused_beside_an_entry(caretaker: Leader, slot_directory: Path, note: str) -> None:
     """An entry that a dead worker left is the sweep's where it cannot be served; where there is none, nobody looks."""
     number = lived(slot_directory, 5)
     slots.path_of(slot_directory, "shop", number).write_text(note, encoding="ascii")
@@ -357,7 +357,7 @@ async def test_refused_beside_an_entry(caretaker: Caretaker, slot_directory: Pat
     slot.release()
 
 
-async def test_wiped(agent: DevAgent, caretaker: Caretaker, slot_directory: Path) -> None:
+async def test_wiped(agent: DevAgent, caretaker: Leader, slot_directory: Path) -> None:
     """Where the lock file is replaced, the slot is another's: neither socket nor entry stays, the ledger is let be."""
     lived(slot_directory, 5)
     await caretaker.adoption.turn()

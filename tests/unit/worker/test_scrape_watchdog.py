@@ -13,7 +13,7 @@ import pytest
 
 from consul_prom.devagent import running
 from consul_prom.worker import scrape_watchdog as module
-from consul_prom.worker.scrape_watchdog import Vigil
+from consul_prom.worker.scrape_watchdog import ScrapeWatchdog
 from tests.services.waiting import eventually, wait_until
 from tests.services.workers import PACKAGE
 
@@ -25,7 +25,7 @@ class Scene:
         self.now = 1000.0
         self.registered = True
         self.scrape: float | None = None
-        self.vigil = Vigil(
+        self.vigil = ScrapeWatchdog(
             who=lambda: "web-1:0",
             registered=lambda: self.registered,
             last_scrape=lambda: self.scrape,

@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from consul_prom.consul.client import AgentClient
 from consul_prom.devagent import DevAgent, Fault
-from consul_prom.gunicorn.stats import Tally
+from consul_prom.gunicorn.stats import MasterStats
 from consul_prom.settings.settings import Settings
 from consul_prom.slots import slots
 from consul_prom.slots.directory import prepare
-from consul_prom.worker.target import Guest
-from consul_prom.worker.target_factory import Site
+from consul_prom.worker.target import ServedTarget
+from consul_prom.worker.target_factory import TargetFactory
 from consul_prom.worker.worker import running
 from tests.conftest import MakeSettings
 from tests.services.waiting import eventually
@@ -53,8 +53,8 @@ class Host:
         self.registry = CollectorRegistry()
         Gauge("page", "Somebody else's.", registry=self.registry).set(7)
 
-    async def receive(self) -> tuple[Guest, int]:
-        site = Site(self.settings)
+    async def receive(self) -> tuple[ServedTarget, int]:
+        site = TargetFactory(self.settings)
         site.settle("127.0.0.1")
         guest = await site.receive(self.client, self.slot, self.registry)
         return guest, guest._wanted.port
@@ -103,7 +103,7 @@ async def test_serves(agent: DevAgent, host: Host) -> None:
 async def test_guarded(agent: DevAgent, slot_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker lets the same networks in to the page that it serves for the masters as to its own."""
     prepare(slot_directory)
-    tally = Tally(slot_directory, "shop")
+    tally = MasterStats(slot_directory, "shop")
     common = {"consul_http_addr": agent.url, "dir": str(slot_directory), "host": "web-1", "address": "127.0.0.1"}
     with running(service="shop", linger=0, allow="127.0.0.3/32", registry=CollectorRegistry(), **common):
         await eventually(lambda: len(agent.state.services) == 2, within=10, what="the worker's and the guest's entry")

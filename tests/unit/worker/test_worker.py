@@ -30,14 +30,14 @@ from prometheus_client.values import MutexValue
 import consul_prom
 from consul_prom.devagent import DevAgent, Fault
 from consul_prom.errors import ConsulPromError, EndpointError, SettingsError
-from consul_prom.gunicorn.stats import Tally
+from consul_prom.gunicorn.stats import MasterStats
 from consul_prom.ledger.file import Ledger
-from consul_prom.process.fork import FORKING
+from consul_prom.process.fork import FORK_LOCK
 from consul_prom.server.bind import route_address
 from consul_prom.slots import directory as slot_directories
 from consul_prom.slots import slots
 from consul_prom.slots.directory import prepare
-from consul_prom.worker.runtime import Life
+from consul_prom.worker.runtime import WorkerRuntime
 from consul_prom.worker.worker import Worker
 from tests.services.program import own_address
 from tests.services.waiting import wait_until
@@ -716,7 +716,7 @@ class TestAgentTrouble:
     ) -> None:
         """A stop with less time than STOP_TIMEOUT says of the master's entry too that it may be left."""
         prepare(directory)
-        tally = Tally(directory, "shop")
+        tally = MasterStats(directory, "shop")
         worker = make(stop_timeout=100)
         worker.start()
         wait_until(lambda: len(agent.state.services) == 2, within=20, what="the worker's and the master's entry")
@@ -1012,7 +1012,7 @@ class TestFork:
         release, held = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with Life.sharing:
+            with WorkerRuntime.sharing:
                 held.set()
                 release.wait(30)
 
@@ -1150,10 +1150,10 @@ class TestLedger:
         monkeypatch.setattr(Ledger, "take_over", slow)
         again, _ = self.next_worker(make)
         assert reading.wait(10)
-        is_free = FORKING.acquire(blocking=False)
+        is_free = FORK_LOCK.acquire(blocking=False)
         asked.set()
         assert is_free
-        FORKING.release()
+        FORK_LOCK.release()
         assert page(again).count("hits_total{") == 4000
 
     def test_port(self, make: Make) -> None:
@@ -1180,7 +1180,7 @@ class TestLedger:
             raise EndpointError("there is no endpoint")
 
         with monkeypatch.context() as patch:
-            patch.setattr("consul_prom.worker.runtime.Site.endpoint", none)
+            patch.setattr("consul_prom.worker.runtime.TargetFactory.endpoint", none)
             failed = make()
             failed.start()
             wait_until(lambda: failed._life and failed._life.failure, within=10, what="a failure")
@@ -1247,7 +1247,7 @@ class TestLedger:
         self, make: Make, hits: Counter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An error that nobody expected does the same."""
-        monkeypatch.setattr("consul_prom.worker.runtime.ContinuedRegistry", lambda *_: 1 / 0)
+        monkeypatch.setattr("consul_prom.worker.runtime.LedgerRegistry", lambda *_: 1 / 0)
         worker = make(address="127.0.0.1")
         worker.start()
         hits.labels("/").inc()
