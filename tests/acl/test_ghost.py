@@ -56,6 +56,7 @@ async def test_ghost(helpless: Access, make_client: MakeClient) -> None:
     """Such an agent says that it has removed an entry, and the catalogue has it still; that is what we finish."""
     client = make_client(helpless, helpless.token(RULE))
     await client.register(WANTED.document())
+    wait_until(lambda: WANTED.id in helpless.catalogue(), within=60, what="in the catalogue")
     assert await client.deregister(WANTED.id) is True
     assert (helpless.entries(), helpless.catalogue()) == ({}, {WANTED.id: "passing"})
 

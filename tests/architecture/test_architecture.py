@@ -211,6 +211,10 @@ class TestPackage:
         assert found >= {"aiohttp", "prometheus_client", "prometheus_async", "filelock"}
         assert not found & {"click", "rich", "pygments", "consul", "requests", "gunicorn", "yaml", "bcrypt"}
 
+    def test_hooks_are_light(self) -> None:
+        """Gunicorn's hooks import no aiohttp, which gevent must patch first."""
+        assert "aiohttp" not in _libraries("import consul_prom.gunicorn")
+
     def test_running_worker_has_no_command(self, tmp_path: Path) -> None:
         """Nor does a worker that runs and talks to an agent; python-consul2 is there by then."""
         code = f"""

@@ -101,7 +101,7 @@ def test_worker_classes(consul: Consul, model: tuple[str, ...]) -> None:
         assert not any("slots" in link for link in descriptors(shop.pid)), "no lock"
         assert shop.stop() == 0
         assert not entries(consul)
-        assert not re.search("Traceback|Warning|consul-prom is off", shop.log.read_text())
+        assert not re.search("Traceback|Warning|consul-prom is off", shop.log.read_text()), shop.log.read_text()
 
 
 def test_adoption(consul: Consul) -> None:

@@ -168,7 +168,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 async def test_hour(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """Whatever goes wrong for an hour is at most ten lines, and not many more calls than a poll makes."""
-    caplog.set_level(logging.INFO, "consul_prom.consul.registrar")
+    caplog.set_level(logging.INFO, "consul_prom.consul")
     agent = Agent(PLANS[name])
     registrar = Registrar(agent, WANTED, clock=agent.clock, sleep=agent.sleep)
     running = asyncio.create_task(registrar.run())
