@@ -229,7 +229,7 @@ class _Gunicorn:
         (self._directory / "app.py").write_text(APPLICATION, encoding="utf-8")
         ours = {"CONSUL_HTTP_ADDR": self._agent.url, "CONSUL_PROM_DIR": str(self._directory / "slots")}
         environment = child_environment({**ours, "PYTHONDONTWRITEBYTECODE": "1"})
-        package = str(Path(__file__).parent.parent)
+        package = str(Path(__file__).parents[2])
         if package not in (*site.getsitepackages(), site.getusersitepackages()):  # it runs from where it lies
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
         with socket.create_server(("127.0.0.1", 0)) as listener, self._log.open("wb") as log:

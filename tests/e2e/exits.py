@@ -88,7 +88,7 @@ class Watch:
 
     def _layer(self, pid: int) -> str:
         own, log = re.escape(self.entry_of[pid]), self._log()
-        if re.search(rf"^{pid} consul_prom\.\w+: deregistered {own}$", log, re.MULTILINE):
+        if re.search(rf"^{pid} consul_prom\.[\w.]+: deregistered {own}$", log, re.MULTILINE):
             return "worker"
         found = re.search(rf"^\d+ consul_prom\.(gunicorn\.reaper|worker\.leader): removed {own}:", log, re.MULTILINE)
         return {"gunicorn.reaper": "master", "worker.leader": "caretaker"}[found[1]] if found else "successor"

@@ -18,7 +18,7 @@ from tests.services.waiting import wait_until
 GOAL = 2.0
 """Seconds from the end of a fault of less than a minute to its repair; a test waits ten times as long."""
 
-LOGGER = logging.getLogger("consul_prom.consul.registrar")
+LOGGER = logging.getLogger("consul_prom.consul")
 
 READ = r"^GET \S*/v1/agent/service/(?!.*[?&]hash=)"
 WATCH = r"^GET \S*/v1/agent/service/.*[?&]hash="
