@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random as randomness
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ class SlotRegistration:
     ) -> None:
         self.slot: Slot | None = None
         self.left = False
+        self._leaving = threading.RLock()  # a signal handler may come in between
         self._settings = settings
         self._on_registration = on_registration
         self._on_failure = on_failure
@@ -133,10 +135,10 @@ class SlotRegistration:
                     try:
                         if self._registrar and await self._registrar.deregister():
                             log.info("deregistered %s", self.entry_id)
-                        self.left = True
                         # If it did not ask, the slot's last worker may have left an entry.
                         if self.slot and self._registrar and self._registrar.asked:
                             self.slot.settle()
+                        self.left = True  # last: the caller then releases the slot
                     except (AgentBusy, AgentFailed, AgentUnreachable) as error:
                         trouble = error  # which may pass while there is time
                         await asyncio.sleep(RETRY)
@@ -159,11 +161,12 @@ class SlotRegistration:
 
     def left_over(self, error: Exception) -> None:
         """Say so, once, and leave the entry to the sweep, for which a process that lives on would be alive."""
-        if not self.left:
-            self.left = True
-            if self.slot:
-                self.slot.abandon()
-                tell_left_over(self.entry_id, error)
+        with self._leaving:  # the metrics thread's deadline and the caller's may end together
+            if not self.left:
+                if self.slot:
+                    self.slot.abandon()
+                    tell_left_over(self.entry_id, error)
+                self.left = True  # last: the caller then releases the slot
 
 
 def tell_left_over(entry_id: str, error: Exception) -> None:

@@ -93,10 +93,17 @@ def _slots(consul: Consul, *, adopted: bool) -> list[int]:
 
 
 def _wish(path: Path) -> float:
-    """Seconds from the note of a wish to that of the newborn."""
-    wait_until(lambda: "wanted" in path.read_text(encoding="ascii"), within=60, what="a wish", every=0.0005)
+    """Return the seconds from the note of a wish to that of the newborn, or between the looks that saw neither."""
     begun = time.monotonic()
-    wait_until(lambda: "adopted" not in path.read_text(encoding="ascii"), within=60, what="a newborn", every=0.0005)
+
+    def taken() -> bool:
+        nonlocal begun
+        now, note = time.monotonic(), path.read_text(encoding="ascii")
+        if "adopted" in note and "wanted" not in note:
+            begun = now
+        return bool(note) and "adopted" not in note
+
+    wait_until(taken, within=60, what="a newborn", every=0.0005)
     return time.monotonic() - begun
 
 

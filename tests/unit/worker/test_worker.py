@@ -693,6 +693,23 @@ class TestAgentTrouble:
         assert slots.abandoned(directory, "shop") == [0], "though the process lives"
         agent.fault = None
 
+    @pytest.mark.parametrize("fault", [Fault(hang=True), None], ids=["it hangs", "it answers"])
+    def test_noted_before_told(
+        self, agent: DevAgent, make: Make, monkeypatch: pytest.MonkeyPatch, fault: Fault | None
+    ) -> None:
+        """A slot's file is written before the worker counts as gone, because its slot is released then."""
+        worker, gone = make(stop_timeout=0.3 if fault else 100), list[bool]()
+        worker.start()
+        registered(worker)
+        assert worker._life
+        tenancy = worker._life.tenancy
+        for name in ("abandon", "settle"):
+            monkeypatch.setattr(slots.Slot, name, lambda _slot: gone.append(tenancy.left))
+        agent.fault = fault
+        worker.stop()
+        assert gone == [False]
+        agent.fault = None
+
     @pytest.mark.parametrize("under_way", [False, True], ids=["before", "under way"])
     def test_hurry(self, agent: DevAgent, make: Make, caplog: pytest.LogCaptureFixture, *, under_way: bool) -> None:
         """A stop for which there is less time than STOP_TIMEOUT, as may turn out while it waits, takes no more."""
