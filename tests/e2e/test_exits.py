@@ -163,11 +163,10 @@ def clean(model: str, name: str) -> bool:
 
 
 def layers(model: str, name: str) -> set[str]:
-    """Who may remove the entry: a worker that says farewell itself, else its sibling, or the master if it has hooks."""
+    """Who may remove the entry: a worker that says farewell itself, else a sibling, the next in its slot, or others."""
     if clean(model, name):
         return {"worker"}
-    others = {"master"} if MODELS[model].has_hooks else {"successor", "command"}
-    return {"worker", "caretaker"} | others  # which may be in the middle of a round, and first
+    return {"worker", "caretaker", "successor", "master" if MODELS[model].has_hooks else "command"}
 
 
 def tell(table: list[str], model: str, name: str, seen: list[Gone]) -> None:

@@ -5,6 +5,7 @@ A variable in their environment names the test that started them.
 
 import contextlib
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,29 @@ from typing import Final
 
 MARK: Final = "TEST_THAT_STARTED_THIS"
 OWN: Final = f"{os.getpid()}"
+DESCRIPTORS: Final = 4096
+"""Tests hold a thousand connections; a user's limit is often 1024."""
+HANDLERS: Final = {
+    signal.SIGHUP: lambda *_: None,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGQUIT: lambda *_: None,
+}
+"""A program starts with the default in place of a handler."""
 
 
 def prepare() -> None:
-    """Prepare this process for tests that start others."""
+    """Prepare this process for tests that start others.
+
+    `nohup`, and `&` in a shell without job control, make a process ignore signals, and its programs inherit that.
+    """
     os.environ[MARK] = OWN
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # by a shell without job control; programs inherit it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, handler in HANDLERS.items():
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

@@ -55,13 +55,14 @@ def test_mark_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
         other.kill()
 
 
-def test_interruptible() -> None:
-    """A program can be interrupted even if the shell that started the tests ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", processes.HANDLERS, ids=lambda number: number.name)
+def test_interruptible(number: signal.Signals) -> None:
+    """A program can be ended by a signal even if what started the tests ignores it."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         processes.prepare()
         with started(SLEEP) as process:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == -signal.SIGINT
+            process.send_signal(number)
+            assert process.wait(60) == -number
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
