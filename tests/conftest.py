@@ -46,7 +46,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     if all("::" in argument for argument in config.args):
         return 0
     if all(argument.startswith(NO_SERVICES) for argument in config.args):
-        return cores  # these tests do not wait
+        return 2 * cores  # these tests wait less
     return PER_CORE * cores
 
 
