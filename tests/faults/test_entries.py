@@ -87,8 +87,9 @@ class TestForeignHands:
             assert stage.entry
             assert stage.entry["Meta"]["dir"] == "edited"
         else:
-            wait_until(lambda: stage.entry == before, within=20, what="the entry as before")
-            assert stage.messages[-1].endswith(f"the entry differed in Meta.{key}")
+            why = f"the entry differed in Meta.{key}"
+            wait_until(lambda: stage.messages[-1].endswith(why), within=20, what="the repair in the log")
+            assert stage.entry == before
 
     @pytest.mark.parametrize("check", [None, {"TCP": "127.0.0.1:1", "Interval": "1h"}], ids=["none", "other"])
     def test_check(self, consul: Consul, scene: MakeScene, short_turns: None, check: Document | None) -> None:
