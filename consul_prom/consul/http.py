@@ -1,8 +1,4 @@
-"""How an agent is spoken to, by whom ever: addresses, TLS, headers, what a status means. And by those who cannot wait.
-
-The last moments of a process, and Gunicorn's master, have no event loop, no thread and no name server:
-`deregister_sync`, `service_sync` and `remove_sync` need none, and none of a worker's libraries.
-"""
+"""The agent's HTTP, as both clients use it: TLS, headers, the meaning of a status, and quoted answers."""
 
 import base64
 import errno

@@ -31,7 +31,6 @@ from consul_prom.logs import ThrottledLogger
 
 log = logging.getLogger(__name__)
 
-
 Result = TypeVar("Result")
 WATCHING_SLOTS: Final = 64
 TURN: Final = 10.0

@@ -23,7 +23,6 @@ from consul_prom.slots.directory import directory_id
 
 log = logging.getLogger(__name__)
 
-
 Entry = Mapping[str, Any]
 State = Literal["dead", "alive", "unknown"]
 Action = Literal["removed", "would remove", "gone", "kept", "refused", "failed"]

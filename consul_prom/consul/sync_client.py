@@ -1,4 +1,7 @@
-"""A small synchronous client for the last steps of a stop, where no event loop runs."""
+"""A small synchronous client for the last steps of a stop and for Gunicorn's master.
+
+It needs no event loop, no thread, no name server and none of a worker's libraries.
+"""
 
 import http.client
 import io

@@ -23,7 +23,7 @@ from consul_prom.errors import LedgerError
 from consul_prom.ledger.compat import check_library
 from consul_prom.ledger.file import CREATED, IN_USE, VALUES, Contents, Family, Labels, Ledger
 from consul_prom.ledger.parent_counts import FORK
-from consul_prom.ledger.source import Listed, names_in
+from consul_prom.ledger.source import Listed, names_in, shows_nameless
 from consul_prom.ledger.values import MappedValue, copy_cells, move, plain, totals
 from consul_prom.logs import ThrottledLogger
 from consul_prom.process.fork import FORK_LOCK
@@ -75,7 +75,7 @@ class LedgerRegistry:
     @property
     def shows_nameless(self) -> bool:
         """Whether a page of some names has collectors that have registered no name."""
-        return getattr(self._registry, "_support_collectors_without_names", False)  # the library's since 0.25
+        return shows_nameless(self._registry)
 
     def kind(self, name: str) -> type | None:
         """The class of the collector, or of the orphan, that has *name*."""

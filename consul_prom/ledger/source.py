@@ -58,7 +58,7 @@ class Plain:
 
     @property
     def shows_nameless(self) -> bool:
-        return getattr(self._registry, "_support_collectors_without_names", False)  # the library's since 0.25
+        return shows_nameless(self._registry)
 
     def kind(self, name: str) -> type | None:
         collector = self._registry._names_to_collectors.get(name)
@@ -74,6 +74,11 @@ class Plain:
 
     def inherited(self, _metric: Any, /) -> None:
         return None
+
+
+def shows_nameless(registry: CollectorRegistry) -> bool:
+    """Whether a page of some names of *registry* has collectors that have registered no name."""
+    return getattr(registry, "_support_collectors_without_names", False)  # the library's since 0.25
 
 
 def names_in(found: Iterable[Metric]) -> set[str]:

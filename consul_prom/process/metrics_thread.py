@@ -1,6 +1,6 @@
-"""The daemon thread, with an event loop of its own, that everything of ours runs in, and what a fork makes of it.
+"""The metrics thread: a daemon thread with its own event loop.
 
-A blocked application is still scraped from there, and neither its loop nor ours slows the other.
+A blocked application is still scraped, and neither event loop slows the other.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from consul_prom.errors import EndpointError
 from consul_prom.process.fork import NOT_INHERITED
 
 log = logging.getLogger(__name__)
-
 
 START_DEADLINE: Final = 5.0
 

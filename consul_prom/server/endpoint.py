@@ -48,22 +48,23 @@ class Endpoint:
         self._about = about
         self._web = web
         self._server = Server(self._handle, handler_cancellation=True)
-        self._door = Listener(self._connect, connections=connections, allow=allow, tls=web.tls if web else lambda: None)
+        tls = web.tls if web else lambda: None
+        self._listener = Listener(self._connect, connections=connections, allow=allow, tls=tls)
         self._without_password = ""
 
     async def serve(self, server: socket.socket) -> None:
-        self._door.open(server)
+        self._listener.open(server)
 
     async def aclose(self, *, grace: float = 0.2) -> None:
         """Stop listening; requests that are being answered have *grace* seconds more."""
-        self._door.close()
+        self._listener.close()
         await self._server.shutdown(grace)
         self.scrapes.close()
 
     @property
     def turned_away(self) -> str:
         """Who did not come in since the last scrape, and why, as a sentence; or ""."""
-        return self._without_password or self._door.turned_away
+        return self._without_password or self._listener.turned_away
 
     def _connect(self, connection: Connection) -> asyncio.Protocol:
         return _Protocol(self._server, connection)
@@ -93,7 +94,7 @@ class Endpoint:
         if request.method not in {"GET", "HEAD"}:
             return Response(status=405, text="method not allowed\n", headers={"Allow": "GET, HEAD", **headers})
         if request.path == "/metrics":
-            self._without_password = self._door.turned_away = ""
+            self._without_password = self._listener.turned_away = ""
             return await self.scrapes.answer(request, headers)
         if request.path == _HEALTHY:
             return Response(text="healthy\n", headers=headers)

@@ -80,7 +80,7 @@ class Connection:
 
 
 class Connections:
-    """The connections of all doors of a process: at most *most*."""
+    """The connections of all listeners of a process: at most *most*."""
 
     def __init__(self, most: int | None = None) -> None:
         self.most = most or min(MAX_CONNECTIONS, _descriptors() // 8)
@@ -88,37 +88,37 @@ class Connections:
         self._ready: dict[Listener, None] = {}  # in the order in which they may accept
         self._timer: asyncio.TimerHandle | None = None
 
-    def ready(self, door: "Listener") -> None:
-        """Let *door* accept when its turn has come: a crowd at one port does not keep clients of another one out."""
+    def ready(self, listener: "Listener") -> None:
+        """Let *listener* accept in its turn: a crowd at one port does not keep clients of another one out."""
         if not self._ready:
             asyncio.get_running_loop().call_soon(self._accept)
-        self._ready.setdefault(door)
+        self._ready.setdefault(listener)
 
     def add(self, connection: Connection) -> None:
         self._open.append(connection)
         self._timer = self._timer or asyncio.get_running_loop().call_later(LOOK, self._look)
 
     def _accept(self) -> None:
-        """Accept what one turn of the loop may; doors that are left come first in the next turn."""
+        """Accept what one turn of the loop may; listeners that are left come first in the next turn."""
         for _ in range(self._turn()):
             if not self._ready:
                 return
-            door = next(iter(self._ready))
-            del self._ready[door]
-            if door.accept():
-                self._ready[door] = None
+            listener = next(iter(self._ready))
+            del self._ready[listener]
+            if listener.accept():
+                self._ready[listener] = None
             self._make_room()
         if self._ready:
             asyncio.get_running_loop().call_soon(self._accept)
 
     def _turn(self) -> int:
-        """How many connections may be accepted now; with hardly a place that may be taken, all doors rest."""
+        """How many connections may be accepted now; with hardly a place that may be taken, all listeners rest."""
         self._forget_closed()
         now = time.monotonic()
         room = self.most - sum(connection.safe > now for connection in self._open)
         if room < min(TURNS, self.most / 2):
-            for door in self._ready:
-                door.rest()
+            for listener in self._ready:
+                listener.rest()
             self._ready.clear()
         return max(1, room // TURNS)
 

@@ -24,13 +24,12 @@ from consul_prom.worker.target_factory import TargetFactory
 
 log = logging.getLogger(__name__)
 
-
 ROUND: Final = 1.0
 GLANCES: Final = 8
 
 
-class TargetLike(Protocol):
-    """A page that the caretaker serves for those who cannot, as a target of its own."""
+class MasterTargetLike(Protocol):
+    """The target that shows the page of Gunicorn's master."""
 
     async def retire(self, timeout: float) -> bool: ...
 
@@ -58,7 +57,7 @@ class Leader:
         service: str,
         host: str,
         masters: Callable[[], object] = lambda: None,
-        receive: Callable[[slots.Slot], Awaitable[TargetLike]] | None = None,
+        receive: Callable[[slots.Slot], Awaitable[MasterTargetLike]] | None = None,
         adoption: AdoptionLike | None = None,
         patience: float = 1.0,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
@@ -72,7 +71,7 @@ class Leader:
         self._receive = receive
         self._adoption = adoption
         self._patience = patience
-        self._guest: TargetLike | None = None
+        self._guest: MasterTargetLike | None = None
         self._log = ThrottledLogger(log)
         self._sleep = sleep
 

@@ -56,9 +56,8 @@ class MasterPage:
         """Return the masters' own counts, as of an application that they preload. No worker shows these."""
         found: dict[str, Metric] = {}
         for number, tally in self.living().items():
-            for name, documentation, kind, unit, samples in tally.get(
-                "counted", ()
-            ):  # an older version of us writes none
+            # An older version writes no "counted".
+            for name, documentation, kind, unit, samples in tally.get("counted", ()):
                 metric = found.setdefault(name, Metric(name, documentation, kind, unit))
                 for sample, labels, value in samples if metric.type == kind else ():
                     metric.add_sample(sample, {"master": number, **labels}, value)

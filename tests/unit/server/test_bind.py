@@ -282,4 +282,4 @@ async def test_one_budget(settings: MakeSettings) -> None:
     """All endpoints of a process share its connections: a leader of many adopted slots has no more than others."""
     site = TargetFactory(settings(port="0"))
     first, second = (site.endpoint(CollectorRegistry(), about=dict) for _ in range(2))
-    assert first._door._connections is second._door._connections
+    assert first._listener._connections is second._listener._connections

@@ -538,7 +538,7 @@ class TestWebConfig:
         assert "came without a password" in turned_away()
         guarded.ask(**right)
         assert not turned_away()
-        guarded.endpoint._door.turned_away = "192.0.2.1 was turned away"
+        guarded.endpoint._listener.turned_away = "192.0.2.1 was turned away"
         guarded.ask(HEALTH_PATH)
         assert turned_away()
         guarded.ask(**right)
